@@ -1,0 +1,64 @@
+# Set-up and the common commands. Each target makes what it needs, so that one command suffices on a fresh clone.
+#   PYTHON=/path/to/python   which Python to build .venv with (default: found by .ci/find_python.sh)
+#   EXTRAS=gpu               extras of the distribution to install beside the target's own (gpu, tpu; comma-separated)
+#   ARGS="..."               arguments for the program behind the target
+
+VENV := .venv
+PY := $(VENV)/bin/python
+EXTRAS ?=
+ARGS ?=
+
+comma := ,
+# One stamp per set of extras, touched last: an interrupted or failed install leaves none behind.
+stamp = $(VENV)/.installed-$(if $(and $(1),$(EXTRAS)),$(1)$(comma)$(EXTRAS),$(or $(1),$(EXTRAS),base))
+
+export PYTHON
+
+.DELETE_ON_ERROR:
+.PHONY: help serve test test-long check format bench bench-host bench-static wheel clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
+
+$(VENV)/.created: .ci/find_python.sh
+	python=$$(sh .ci/find_python.sh) && "$$python" -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/.installed-%: pyproject.toml $(VENV)/.created
+	$(PY) -m pip install --no-input --disable-pip-version-check --quiet --editable '.$(if $(filter-out base,$*),[$*])' </dev/null
+	@touch $@
+
+serve: $(call stamp) ## serve the default model on 127.0.0.1:8000
+	$(VENV)/bin/jax-engine serve $(ARGS)
+
+test: $(call stamp,test) ## run the tests
+	$(PY) -m pytest $(ARGS)
+
+test-long: $(call stamp,test) ## the tests that take minutes
+	$(PY) -m pytest -m long $(ARGS)
+
+check: $(call stamp,check) ## formatting, lint, types, import contracts, tests
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pyright --pythonpath $(PY)
+	$(VENV)/bin/lint-imports --no-cache
+	$(PY) -m pytest $(ARGS)
+
+format: $(call stamp,check) ## format the sources and mend what lint can mend
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench: $(call stamp) ## offline benchmark; ARGS="--workload=... --compare=static,sync,async"
+	$(PY) -m benchmarks.offline $(ARGS)
+
+bench-host: $(call stamp) ## host cost of a scheduler step, no device
+	$(PY) -m benchmarks.scheduler_host $(ARGS)
+
+bench-static: $(call stamp) ## the same lengths with transformers' generate, one static batch
+	$(PY) -m benchmarks.hf_static $(ARGS)
+
+wheel: $(call stamp,check) ## build dist/*.whl
+	$(PY) -m pip wheel --no-input --disable-pip-version-check --no-deps --wheel-dir dist .
+
+clean: ## remove the virtual environment and caches
+	rm -rf $(VENV) dist .pytest_cache .ruff_cache .import_linter_cache
