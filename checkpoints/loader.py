@@ -1,0 +1,102 @@
+"""Puts a checkpoint's weights on devices, or makes weights up. The engine calls it once, at start.
+
+Host memory holds about one parameter at a time. With model_runner.py this is the only code that puts data on a device.
+"""
+
+import functools
+import zlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from checkpoints import orbax_io
+from checkpoints.errors import CheckpointError
+from checkpoints.formats import Checkpoint
+from checkpoints.weight_map import Wanted, check, take
+
+#: Standard deviation of made-up weights.
+_DUMMY_SCALE = 0.02
+
+
+def load(
+    checkpoint: Checkpoint, wanted: Mapping[str, Wanted], *, ignore: Iterable[str] = (), progress: bool = True
+) -> dict[str, jax.Array]:
+    """Checks that the checkpoint holds what is wanted, then reads it, parameter by parameter, to its place.
+
+    An Orbax checkpoint holds assembled parameters, so there `source` and `ignore` have no part.
+
+    Args:
+        ignore: name patterns of tensors that may be there though no parameter wants them; see weight_map.check.
+        progress: draw a bar on standard error.
+
+    Raises:
+        CheckpointError: tensors are missing, mis-shaped or unexpected (all are named, before any device memory is
+            taken), or a file cannot be read.
+    """
+    if checkpoint.format == "orbax":
+        return _restore(checkpoint, wanted)
+    problems = check(wanted, checkpoint.tensors, ignore)
+    if problems:
+        raise CheckpointError([f"{checkpoint.path}: {p}" if p.startswith("tensor ") else p for p in problems])
+    params = {}
+    for name, want in tqdm(wanted.items(), desc="Loading weights", unit="parameter", disable=not progress):
+        params[name] = _place(_assemble(checkpoint, name, want), want)
+    return params
+
+
+def _assemble(checkpoint: Checkpoint, name: str, want: Wanted) -> np.ndarray:
+    array = want.source.assemble(*(checkpoint.tensors[tensor].read() for tensor, _ in want.source.tensors))
+    if array.shape != want.shape:
+        raise CheckpointError(f"{checkpoint.path}: parameter {name}: shape must be {want.shape}, made {array.shape}")
+    array = np.asarray(array, dtype=want.dtype, order="C")
+    # On a CPU the device array is the host array itself: were that the mapped file, the weights would change with it.
+    return array if array.flags.writeable else array.copy()
+
+
+def _place(array: np.ndarray, want: Wanted) -> jax.Array:
+    # Waiting keeps the host arrays of several parameters from piling up.
+    return jax.block_until_ready(jax.device_put(array, want.sharding))
+
+
+def _restore(checkpoint: Checkpoint, wanted: Mapping[str, Wanted]) -> dict[str, jax.Array]:
+    stored = {name: Wanted(w.shape, w.dtype, w.sharding, take(name, w.shape)) for name, w in wanted.items()}
+    problems = check(stored, checkpoint.tensors)
+    if problems:
+        raise CheckpointError([f"{checkpoint.path}: {p}" if p.startswith("tensor ") else p for p in problems])
+    targets = {name: jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=w.sharding) for name, w in wanted.items()}
+    return orbax_io.restore(checkpoint.path, targets)
+
+
+def dummy(wanted: Mapping[str, Wanted], seed: int) -> dict[str, jax.Array]:
+    """Made-up weights, drawn on the devices: normal with standard deviation 0.02, ones or zeros, as `Wanted.init` says.
+
+    A parameter's values depend on the seed and its name and shape, and on nothing else.
+    """
+    params = {}
+    for name, want in wanted.items():
+        # Placed where the parameter goes, for moving them there later would be a hidden transfer.
+        place = want.sharding
+        if isinstance(place, jax.sharding.NamedSharding):
+            place = jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec())
+        seeds = jax.device_put(np.array([seed & 0xFFFFFFFF, zlib.crc32(name.encode())], np.uint32), place)
+        params[name] = _draw(tuple(want.shape), jnp.dtype(want.dtype), want.sharding, want.init)(seeds)
+    return params
+
+
+@functools.cache
+def _draw(shape: tuple[int, ...], dtype: jnp.dtype, sharding: Any, init: str) -> Any:
+    """A compiled function: uint32 [2] -> array. One per shape, so that a model's layers share it."""
+
+    def draw(seeds: jax.Array) -> jax.Array:
+        if init == "ones":
+            return jnp.ones(shape, dtype)
+        if init == "zeros":
+            return jnp.zeros(shape, dtype)
+        key = jax.random.fold_in(jax.random.key(seeds[0]), seeds[1])
+        return (_DUMMY_SCALE * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+    return jax.jit(draw, out_shardings=sharding)
