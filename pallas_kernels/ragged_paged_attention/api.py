@@ -1,0 +1,167 @@
+"""The contract of ragged_paged_attention, and the choice of who fulfils it on which platform.
+
+Called by a model's step: `plan` once per step, then `write_kv` and `ragged_paged_attention` once per layer. The KV pool
+is one array flattened over the layers, so that a layer updates it in place; its layout is private to this package. This
+module never computes attention itself and knows nothing of requests, schedulers or models.
+
+Axis letters: T packed new tokens, B rows (sequences), P pages per row, L layers, N query heads, K kv heads, H head dim.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.ragged_paged_attention import xla
+from pallas_kernels.ragged_paged_attention.implementation import Implementation, Options
+
+_IMPLEMENTATIONS: dict[str, Implementation] = {"xla": xla}
+_PREFERRED = {"cpu": "xla", "gpu": "xla", "tpu": "xla"}
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Ragged:
+    """Which rows are in the step. Made once per step, shared by all layers.
+
+    The rows of exactly one query token come first, `num_decodes` of them; longer rows follow; rows of padding, which
+    have no query token, come last.
+
+    Attributes:
+        page_table: [B, P] int32, pages of one layer's share of the pool, in the order of the positions they hold.
+            Entries past a row's need may be any integer.
+        kv_lens: [B] int32, positions with KV after this step's tokens are written.
+        query_starts: [B + 1] int32, offset of each row's tokens in the packed tokens; flat over padding rows.
+        num_decodes: int32 scalar.
+    """
+
+    page_table: Int32[Array, "B P"]
+    kv_lens: Int32[Array, "B"]
+    query_starts: Int32[Array, "B+1"]
+    num_decodes: Int32[Array, ""]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Plan:
+    """What a step's layers share, derived from its Ragged.
+
+    Attributes:
+        rows: [T] int32, the row of each packed token; B - 1 for padding tokens.
+        positions: [T] int32, its position in its sequence; 0 for padding tokens.
+        slots: [T] int32, where its KV goes: page * page_size + offset, in one layer; -1 for padding tokens.
+        work: the implementation's own list of work.
+        num_pages: pages per layer. implementation: which one the work list was made for.
+    """
+
+    rows: Int32[Array, "T"]
+    positions: Int32[Array, "T"]
+    slots: Int32[Array, "T"]
+    work: Any
+    num_pages: int = field(metadata={"static": True})
+    implementation: str = field(metadata={"static": True})
+
+
+def pool_shape(num_layers: int, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
+    """Shape of the KV pool. Page p of layer l is index l * num_pages + p of its first axis.
+
+    Args:
+        num_pages: pages per layer. page_size: tokens per page, a power of two.
+    """
+    if page_size < 1 or page_size & (page_size - 1):
+        raise ValueError(f"page_size must be a power of two, got {page_size}")
+    return xla.pool_shape(num_layers, num_pages, page_size, num_kv_heads, head_dim)
+
+
+def plan(
+    ragged: Ragged,
+    *,
+    num_tokens: int,
+    num_pages: int,
+    page_size: int,
+    decode_only: bool = False,
+    implementation: str = "auto",
+) -> Plan:
+    """Derives what all layers of a step share. Call it once per step, inside jit.
+
+    Args:
+        num_tokens: T, the packed tokens of the step, padding included.
+        num_pages: pages per layer. page_size: tokens per page.
+        decode_only: the step has no row of more than one token; the program for it has no code for such rows.
+        implementation: `auto` (by platform) or a name.
+
+    Raises:
+        ValueError: there is no such implementation.
+    """
+    name = _PREFERRED.get(jax.default_backend(), "xla") if implementation == "auto" else implementation
+    if name not in _IMPLEMENTATIONS:
+        allowed = ", ".join(("auto", *_IMPLEMENTATIONS))
+        raise ValueError(f"implementation must be one of {allowed}; got {implementation!r}")
+    starts, lens, table = ragged.query_starts, ragged.kv_lens, ragged.page_table
+    token = jnp.arange(num_tokens, dtype=jnp.int32)
+    row = jnp.searchsorted(starts[1:], token, side="right").astype(jnp.int32)
+    row = jnp.minimum(row, lens.shape[0] - 1)
+    real = token < starts[-1]
+    position = jnp.where(real, lens[row] - (starts[row + 1] - token), 0)
+    page = table[row, jnp.clip(position // page_size, 0, table.shape[1] - 1)]
+    writable = real & (page >= 0) & (page < num_pages)
+    return Plan(
+        rows=row,
+        positions=position,
+        slots=jnp.where(writable, page * page_size + position % page_size, -1),
+        work=_IMPLEMENTATIONS[name].make_work_list(
+            table,
+            lens,
+            starts,
+            ragged.num_decodes,
+            num_tokens=num_tokens,
+            num_pages=num_pages,
+            page_size=page_size,
+            decode_only=decode_only,
+        ),
+        num_pages=num_pages,
+        implementation=name,
+    )
+
+
+def write_kv(
+    pool: Float[Array, "..."], k: Float[Array, "T K H"], v: Float[Array, "T K H"], plan: Plan, layer: Int32[Array, ""]
+) -> Float[Array, "..."]:
+    """Writes each real token's key and value at its place in `layer`; in place when the pool is donated.
+
+    k and v are rounded to the pool's dtype. Padding tokens write nothing.
+    """
+    return _IMPLEMENTATIONS[plan.implementation].write_kv(pool, k, v, plan.slots, layer * plan.num_pages)
+
+
+def ragged_paged_attention(
+    q: Float[Array, "T N H"],
+    pool: Float[Array, "..."],
+    plan: Plan,
+    layer: Int32[Array, ""],
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: Float[Array, "N"] | None = None,
+) -> Float[Array, "T N H"]:
+    """Causal attention: the token at position p sees its row's positions 0..p, as the pool holds them.
+
+    Softmax and sums are float32 whatever the dtype of q and pool. Query head n reads kv head n // (N // K). Slots
+    nobody has written may hold anything, NaN included. On one shape a row's result does not depend on the other rows.
+
+    Args:
+        scale: factor of the scores, usually H ** -0.5.
+        sliding_window: see at most this many latest positions, one's own included.
+        logits_soft_cap: c in c * tanh(score / c), applied after `scale`.
+        sinks: logits that take part in each head's softmax and carry no value.
+
+    Returns:
+        [T, N, H] of q's dtype; padding tokens are zero.
+    """
+    if q.shape[1] % pool.shape[1]:
+        raise ValueError(f"query heads ({q.shape[1]}) must be a multiple of kv heads ({pool.shape[1]})")
+    options = Options(scale, sliding_window, logits_soft_cap, sinks)
+    return _IMPLEMENTATIONS[plan.implementation].attend(q, pool, plan.work, layer * plan.num_pages, options)
