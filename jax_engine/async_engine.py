@@ -1,0 +1,218 @@
+"""AsyncEngine: the engine in a thread of its own, for asyncio callers.
+
+Requests reach the thread through an inbox; outputs come back with one wake-up of the event loop per step. The thread
+sleeps on the inbox when there is no work.
+"""
+
+import asyncio
+import logging
+import queue
+import threading
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence as AbstractSequence
+from dataclasses import dataclass
+
+from jax_engine.config import EngineConfig, Limits
+from jax_engine.engine import Engine
+from jax_engine.errors import EngineError, EngineStopped, QueueFull
+from jax_engine.request import Request, RequestOutput
+from jax_engine.sampling_params import SamplingParams
+from jax_engine.start import start_engine
+from jax_engine.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
+
+#: Prompts longer than this are tokenized off the event loop.
+_LONG_PROMPT_CHARS = 4096
+
+
+@dataclass(eq=False)
+class _Stream:
+    """Where one request's outputs go."""
+
+    loop: asyncio.AbstractEventLoop
+    outputs: asyncio.Queue[RequestOutput | EngineError]
+
+
+class AsyncEngine:
+    """Serves requests as asynchronous iterators. Building it blocks until every step is compiled.
+
+    Args:
+        config: the operator's choices.
+        engine: one that exists already, in place of one built from the config.
+
+    Raises:
+        ConfigError, CheckpointError: the model cannot be served.
+    """
+
+    def __init__(self, config: EngineConfig, engine: Engine | None = None):
+        self.config = config
+        self._engine = start_engine(config) if engine is None else engine
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._streams: dict[str, _Stream] = {}
+        self._num_streams = 0
+        self._draining = False
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def limits(self) -> Limits:
+        """The sizes in force."""
+        return self._engine.limits
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer, or None."""
+        return self._engine.tokenizer
+
+    @property
+    def model_name(self) -> str:
+        """The model as the operator named it."""
+        return self.config.model
+
+    @property
+    def metrics(self):
+        """Counters; see metrics.Metrics."""
+        return self._engine.metrics
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engine's thread runs."""
+        return self._thread.is_alive()
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that have not finished."""
+        return self._num_streams
+
+    async def generate(
+        self,
+        prompt: str | AbstractSequence[int],
+        sampling_params: SamplingParams,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+    ) -> AsyncIterator[RequestOutput]:
+        """Yields outputs as `sampling_params.output_kind` says, the last with `finished` set.
+
+        Closing the iterator, or cancelling the task that reads it, aborts the request.
+
+        Raises:
+            InvalidRequest, QueueFull, EngineStopped: before the first output.
+            EngineStopped: at any time, if the engine dies.
+        """
+        if self._draining or not self.is_alive:
+            raise EngineStopped("the engine takes no more requests")
+        if self._num_streams >= self.config.max_queued_requests:
+            raise QueueFull(f"{self._num_streams} requests are in line; try again later", retry_after=1.0)
+        make = self._engine.make_request
+        request_id = request_id or uuid.uuid4().hex
+        self._num_streams += 1
+        done = False
+        stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
+        try:
+            if isinstance(prompt, str) and len(prompt) > _LONG_PROMPT_CHARS:
+                request = await asyncio.to_thread(make, request_id, prompt, sampling_params, priority)
+            else:
+                request = make(request_id, prompt, sampling_params, priority)
+            self._inbox.put(lambda: self._add(request, stream))
+            while not done:
+                output = await stream.outputs.get()
+                done = isinstance(output, EngineError) or output.finished
+                if isinstance(output, EngineError):
+                    raise output
+                yield output
+        finally:
+            self._num_streams -= 1
+            if not done:
+                self._inbox.put(lambda: self._abort(request_id, stream))
+
+    async def abort(self, request_id: str) -> None:
+        """Ends a request; its iterator gives a last output with finish_reason `abort`."""
+        self._inbox.put(lambda: self._abort(request_id, None))
+
+    async def drain(self, timeout_s: float) -> None:
+        """Takes no more requests, and waits for those that run, but at most `timeout_s` seconds."""
+        self._draining = True
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while self._num_streams and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.02)
+
+    def shutdown(self) -> None:
+        """Stops the thread; iterators that are still read raise EngineStopped. Calling it twice changes nothing."""
+        self._draining = True
+        self._inbox.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while self._take_inbox():
+                outputs = self._engine.step()
+                if outputs:
+                    self._deliver([(output.request_id, output) for output in outputs])
+                    for output in outputs:
+                        if output.finished:
+                            self._streams.pop(output.request_id, None)
+        except BaseException as error:
+            _log.exception("the engine has died")
+            self._error = error
+        finally:
+            stopped = EngineStopped("the engine has stopped")
+            self._draining = True
+            self._deliver([(request_id, stopped) for request_id in self._streams])
+
+    def _take_inbox(self) -> bool:
+        """Carries out what has come in; waits for it if there is no other work. False means: stop."""
+        wait = not self._engine.has_work
+        started = self._engine.clock() if wait else 0.0
+        try:
+            while True:
+                command = self._inbox.get(block=wait)
+                if wait:
+                    self._engine.metrics.add_no_work(self._engine.clock() - started)
+                    wait = False
+                if command is None:
+                    return False
+                command()
+        except queue.Empty:
+            return True
+
+    def _add(self, request: Request, stream: _Stream) -> None:
+        try:
+            self._engine.submit(request)
+        except EngineError as error:
+            self._send(stream.loop, [(stream, error)])
+        else:
+            self._streams[request.request_id] = stream
+
+    def _abort(self, request_id: str, reader_gone: _Stream | None) -> None:
+        """Aborts a request; `reader_gone` is set when nobody reads its stream any more."""
+        stream = self._streams.get(request_id)
+        if stream is None or (reader_gone is not None and reader_gone is not stream):
+            return
+        output = self._engine.abort(request_id)
+        if output is not None and reader_gone is None:
+            self._deliver([(request_id, output)])
+        del self._streams[request_id]
+
+    def _deliver(self, outputs: list[tuple[str, RequestOutput | EngineError]]) -> None:
+        """Hands outputs to their streams, with one wake-up of each event loop."""
+        by_loop: dict[asyncio.AbstractEventLoop, list] = {}
+        for request_id, output in outputs:
+            stream = self._streams.get(request_id)
+            if stream is not None:
+                by_loop.setdefault(stream.loop, []).append((stream, output))
+        for loop, entries in by_loop.items():
+            self._send(loop, entries)
+
+    @staticmethod
+    def _send(loop: asyncio.AbstractEventLoop, entries: list[tuple[_Stream, RequestOutput | EngineError]]) -> None:
+        def put() -> None:
+            for stream, output in entries:
+                stream.outputs.put_nowait(output)
+
+        try:
+            loop.call_soon_threadsafe(put)
+        except RuntimeError:
+            _log.debug("a caller's event loop is closed; its outputs are dropped")

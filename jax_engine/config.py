@@ -1,0 +1,251 @@
+"""EngineConfig: what the operator chooses. ModelConfig: what the checkpoint says. Limits: what follows from both.
+
+Everything is frozen and derived once, at start; nothing is written later. Nothing here touches a device.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from jax_engine.errors import ConfigError
+
+SCHEDULING_MODES = ("static", "sync", "async")
+SCHEDULING_POLICIES = ("fcfs", "priority")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOAD_FORMATS = ("auto", "dummy")
+
+
+def _option(default: Any, help: str) -> Any:
+    """A config field whose help text the command line shows."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """The operator's choices. A value of None means: derived from model and device.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    model: str = _option(
+        "smollm2-135m-instruct",
+        "Known model name, folder (config.json + safetensors, or Orbax), .gguf file, named shape, or Hugging Face id.",
+    )
+    tokenizer: str | None = _option(None, "Folder or file of the tokenizer, when it is not with the model.")
+    dtype: str = _option("auto", "Of weights, activations and KV: auto (float32 on CPU, else bfloat16), float32, ....")
+    load_format: str = _option("auto", "auto: read the checkpoint. dummy: random weights for the model's config.")
+    max_model_len: int | None = _option(
+        None, "Most tokens of prompt and output together. Default: the model's, capped."
+    )
+    max_num_seqs: int | None = _option(None, "Most sequences in one step. Default: 32 on CPU, else 256.")
+    max_num_batched_tokens: int | None = _option(None, "Token budget of one step. Default: 512 on CPU, else 8192.")
+    page_size: int = _option(16, "Tokens in one KV page; a power of two.")
+    num_pages: int | None = _option(None, "KV pages in the pool. Default: as many as fit into free memory.")
+    gpu_memory_utilization: float = _option(0.9, "Share of the device's memory that weights, pool and steps may use.")
+    scheduling: str = _option(
+        "async", "static: whole batches. sync: join and leave every step. async: sync, run ahead."
+    )
+    policy: str = _option("fcfs", "Who is served first: fcfs, or priority (lower Request.priority first).")
+    max_inflight_steps: int = _option(2, "Steps dispatched but not read back, in async scheduling.")
+    max_queued_requests: int = _option(10_000, "Most unfinished requests of a server; one more is refused.")
+    token_buckets: tuple[int, ...] | None = _option(None, "Compiled token counts of steps that hold prompt tokens.")
+    decode_buckets: tuple[int, ...] | None = _option(
+        None, "Compiled sequence counts of steps of one token per sequence. Empty: token_buckets serve these too."
+    )
+    seed: int = _option(0, "Of requests without a seed of their own, and of dummy weights.")
+    compilation_cache_dir: str | None = _option(
+        None, "Folder of compiled steps, kept between starts. Default: in the user's cache. Empty: none."
+    )
+
+    def __post_init__(self) -> None:
+        self._check_choice("scheduling", SCHEDULING_MODES)
+        self._check_choice("policy", SCHEDULING_POLICIES)
+        self._check_choice("dtype", DTYPES)
+        self._check_choice("load_format", LOAD_FORMATS)
+        for name in (
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "num_pages",
+            "max_inflight_steps",
+            "max_queued_requests",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+        if self.page_size < 1 or self.page_size & (self.page_size - 1):
+            raise ConfigError(f"page_size must be a power of two, got {self.page_size}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
+        for name in ("token_buckets", "decode_buckets"):
+            value = getattr(self, name)
+            if value is not None:
+                value = tuple(int(size) for size in value)
+                if any(size < 1 for size in value) or list(value) != sorted(set(value)):
+                    raise ConfigError(f"{name} must be increasing positive sizes, got {value}")
+                object.__setattr__(self, name, value)
+
+    def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
+        if getattr(self, name) not in allowed:
+            raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+
+    def non_defaults(self) -> dict[str, Any]:
+        """The fields whose values differ from their defaults."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Llama 3's frequency scaling (the `llama3` rope type of Hugging Face configs)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of a decoder-only transformer, under the names of Hugging Face configs."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tie_word_embeddings: bool = False
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
+        """Reads a Hugging Face config.json, of transformers 4 or 5.
+
+        Raises:
+            ConfigError: fields are missing or of no use; all of them are named.
+        """
+        wanted = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        problems = [
+            f"{name} must be a positive integer, got {config.get(name)!r}"
+            for name in wanted
+            if type(config.get(name)) is not int or not 0 < config[name] < 2**31
+        ]
+        architectures = config.get("architectures") or [None]
+        if not (isinstance(architectures, list) and isinstance(architectures[0], str)):
+            problems.append(f"architectures must name one class, got {architectures!r}")
+        if problems:
+            raise ConfigError("config.json: " + "; ".join(problems))
+        num_heads = config["num_attention_heads"]
+        head_dim = config.get("head_dim") or config["hidden_size"] // num_heads
+        num_kv_heads = config.get("num_key_value_heads") or num_heads
+        if num_heads % num_kv_heads:
+            raise ConfigError(
+                f"config.json: num_attention_heads {num_heads} is no multiple of num_key_value_heads {num_kv_heads}"
+            )
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        return cls(
+            architecture=str(architectures[0]),
+            **{name: config[name] for name in wanted},
+            num_key_value_heads=num_kv_heads,
+            head_dim=head_dim,
+            max_position_embeddings=config.get("max_position_embeddings", 2048),
+            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+            rope_theta=rope.get("rope_theta") or config.get("rope_theta") or 10000.0,
+            rope_scaling=_rope_scaling(rope),
+            tie_word_embeddings=config.get("tie_word_embeddings", False),
+        )
+
+
+def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise ConfigError(f"config.json: rope type {kind!r} is not supported; supported: default, llama3")
+    try:
+        return RopeScaling(**{f.name: rope[f.name] for f in fields(RopeScaling)})
+    except KeyError as missing:
+        raise ConfigError(f"config.json: rope type llama3 needs {missing}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The sizes the scheduler and the batches live in; all concrete."""
+
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    page_size: int
+    num_pages: int
+    scheduling: str
+    max_inflight_steps: int
+    token_buckets: tuple[int, ...]
+    decode_buckets: tuple[int, ...]
+
+    @property
+    def max_pages_per_seq(self) -> int:
+        """Width of a page table row."""
+        return math.ceil(self.max_model_len / self.page_size)
+
+
+#: Longest context served by default; a longer one is asked for with max_model_len.
+DEFAULT_MAX_MODEL_LEN = 8192
+
+
+def resolve(config: EngineConfig, model: ModelConfig, *, platform: str, num_pages: int) -> Limits:
+    """Fills in what the operator left open.
+
+    Args:
+        platform: `cpu`, `gpu` or `tpu`.
+        num_pages: how many pages fit, where config.num_pages does not say.
+
+    Raises:
+        ConfigError: the choices contradict each other or the model.
+    """
+    on_cpu = platform == "cpu"
+    if config.max_model_len is not None and config.max_model_len > model.max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len {config.max_model_len} is more than the model's {model.max_position_embeddings} positions"
+        )
+    max_num_seqs = config.max_num_seqs or (32 if on_cpu else 256)
+    budget = config.max_num_batched_tokens or max(max_num_seqs, 512 if on_cpu else 8192)
+    if config.max_num_batched_tokens is None and config.token_buckets:
+        budget = config.token_buckets[-1]
+    if budget < max_num_seqs:
+        raise ConfigError(f"max_num_batched_tokens {budget} is less than max_num_seqs {max_num_seqs}")
+    token_buckets = config.token_buckets or _doublings(min(64 if on_cpu else 128, budget), budget)
+    if token_buckets[-1] < budget:
+        raise ConfigError(f"the largest of token_buckets {token_buckets} is below the token budget {budget}")
+    decode_buckets = config.decode_buckets
+    if decode_buckets is None:
+        decode_buckets = _doublings(1, max_num_seqs)
+    if decode_buckets and decode_buckets[-1] < max_num_seqs:
+        raise ConfigError(f"the largest of decode_buckets {decode_buckets} is below max_num_seqs {max_num_seqs}")
+    depth = config.max_inflight_steps if config.scheduling == "async" else 1
+    return Limits(
+        max_model_len=config.max_model_len or min(model.max_position_embeddings, DEFAULT_MAX_MODEL_LEN),
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+        page_size=config.page_size,
+        num_pages=config.num_pages or num_pages,
+        scheduling=config.scheduling,
+        max_inflight_steps=depth,
+        token_buckets=token_buckets,
+        decode_buckets=decode_buckets,
+    )
+
+
+def _doublings(start: int, end: int) -> tuple[int, ...]:
+    """start, 2 start, 4 start ... up to and with `end`."""
+    sizes = []
+    while start < end:
+        sizes.append(start)
+        start *= 2
+    return (*sizes, end)

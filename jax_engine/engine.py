@@ -1,0 +1,275 @@
+"""Engine: requests in, outputs out, one step at a time. The loop over a ring of steps in flight.
+
+`llm.py` runs it in the caller's thread, `async_engine.py` in a thread of its own. One thread at a time; only
+`make_request` may be called from anywhere.
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence as AbstractSequence
+from typing import Protocol
+
+import numpy as np
+
+from jax_engine.batch import Batch, BatchBuilder, StepResult
+from jax_engine.config import EngineConfig, Limits
+from jax_engine.errors import InvalidRequest
+from jax_engine.metrics import Metrics
+from jax_engine.output import OutputState
+from jax_engine.request import FinishReason, Logprob, PositionLogprobs, Request, RequestOutput
+from jax_engine.sampling_params import SamplingParams
+from jax_engine.scheduler import Row, Schedule, Scheduler, TokenDelta
+from jax_engine.sequence import Sequence
+from jax_engine.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
+
+_SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so that the seeds of 2^64 sequences differ
+_MASK64 = 2**64 - 1
+
+
+class StepHandle(Protocol):
+    """A step in flight."""
+
+    def is_ready(self) -> bool: ...
+
+    def result(self) -> StepResult: ...
+
+
+class Runner(Protocol):
+    """What the engine needs of the device side."""
+
+    limits: Limits
+
+    def dispatch(self, batch: Batch) -> StepHandle: ...
+
+
+class Engine:
+    """The loop, and the life of requests.
+
+    Args:
+        runner: runs the steps.
+        tokenizer: None for a model without one; prompts are then token ids, and text is empty.
+        vocab_size: token ids are below it.
+        eos_token_ids: end a sequence, unless the request ignores them.
+        config: policy and seed are read from it.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        tokenizer: Tokenizer | None,
+        *,
+        vocab_size: int,
+        eos_token_ids: Iterable[int],
+        config: EngineConfig,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.limits = runner.limits
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.scheduler = Scheduler(runner.limits, config.policy)
+        self.metrics = Metrics(clock)
+        self._runner = runner
+        self._builder = BatchBuilder(runner.limits)
+        self._ring: deque[tuple[Schedule, StepHandle]] = deque()
+        self._states: dict[str, OutputState] = {}
+        self._seed = config.seed
+        self._num_seeds = 0
+        self.clock = clock
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do."""
+        return self.scheduler.has_work or bool(self._ring)
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that have not finished."""
+        return len(self._states)
+
+    def make_request(
+        self,
+        request_id: str,
+        prompt: str | AbstractSequence[int],
+        params: SamplingParams,
+        priority: int = 0,
+    ) -> Request:
+        """Tokenizes and checks; may be called from any thread.
+
+        Raises:
+            InvalidRequest: this engine could never serve it.
+        """
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise InvalidRequest("the model has no tokenizer: give the prompt as token ids", "prompt")
+            token_ids = self.tokenizer.encode(prompt)
+        else:
+            token_ids = list(prompt)
+        self._check(token_ids, params)
+        return Request(
+            request_id=request_id,
+            prompt_token_ids=tuple(token_ids),
+            sampling_params=params,
+            prompt=prompt if isinstance(prompt, str) else None,
+            arrival_time=self.clock(),
+            priority=priority,
+        )
+
+    def _check(self, token_ids: list[int], params: SamplingParams) -> None:
+        if not token_ids:
+            raise InvalidRequest("the prompt is empty", "prompt")
+        if len(token_ids) >= self.limits.max_model_len:
+            raise InvalidRequest(
+                f"the prompt has {len(token_ids)} tokens; prompt and output together may have "
+                f"{self.limits.max_model_len}",
+                "prompt",
+            )
+        for name, ids in (
+            ("prompt", token_ids),
+            ("stop_token_ids", params.stop_token_ids or ()),
+            ("logit_bias", params.logit_bias or ()),
+        ):
+            wrong = next((i for i in ids if type(i) is not int or not 0 <= i < self.vocab_size), None)
+            if wrong is not None:
+                raise InvalidRequest(f"{name}: token ids are integers in [0, {self.vocab_size}), got {wrong!r}", name)
+        if params.stop and self.tokenizer is None:
+            raise InvalidRequest("the model has no tokenizer: stop strings cannot be found", "stop")
+
+    def submit(self, request: Request) -> None:
+        """Puts a request in line.
+
+        Raises:
+            InvalidRequest: its id is in use.
+        """
+        if request.request_id in self._states:
+            raise InvalidRequest(f"request id {request.request_id!r} is in use", "request_id")
+        params = request.sampling_params
+        seed = params.seed
+        if seed is None:
+            seed = self._seed + self._num_seeds * _SEED_STRIDE
+            self._num_seeds += params.n
+        stops = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self.eos_token_ids)
+        limit = self.limits.max_model_len
+        if params.max_tokens is not None:
+            limit = min(limit, len(request.prompt_token_ids) + params.max_tokens)
+        sequences = [
+            Sequence(request, index, limit, stops, (seed + index * _SEED_STRIDE) & _MASK64) for index in range(params.n)
+        ]
+        for sequence in sequences:
+            self.scheduler.add(sequence)
+        self._states[request.request_id] = OutputState(request, sequences, self.tokenizer)
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """Ends a request; returns its last output, or None if there is no such request."""
+        state = self._states.get(request_id)
+        if state is None:
+            return None
+        for sequence in state.sequences:
+            self.scheduler.finish(sequence, FinishReason.ABORT)
+        self._finish(state)
+        return state.output()
+
+    def step(self) -> list[RequestOutput]:
+        """One turn: dispatches a step if there is work for one; then, if the ring is full or there was no work, takes
+        in the oldest step. Returns the outputs that changed."""
+        schedule = self._timed("schedule", self.scheduler.schedule)
+        if schedule.rows:
+            batch = self._timed("build", self._builder.build, schedule)
+            handle = self._timed("dispatch", self._runner.dispatch, batch)
+            self._ring.append((schedule, handle))
+            self._note_dispatch(schedule, batch)
+        if not self._ring or (schedule.rows and len(self._ring) < self.limits.max_inflight_steps):
+            return []
+        schedule, handle = self._ring.popleft()
+        result = self._timed("wait", handle.result)
+        return self._timed("commit", self._commit, schedule, result)
+
+    def _timed(self, phase: str, function: Callable, *args):
+        idle = phase != "wait" and (not self._ring or self._ring[-1][1].is_ready())
+        started = self.clock()
+        result = function(*args)
+        self.metrics.add_phase(phase, self.clock() - started, idle)
+        return result
+
+    def _note_dispatch(self, schedule: Schedule, batch: Batch) -> None:
+        now = self.clock()
+        for sequence in schedule.admitted:
+            metrics = self._states[sequence.request.request_id].metrics
+            if metrics.first_scheduled_time is None:
+                metrics.first_scheduled_time = now
+        for sequence in schedule.preempted:
+            self._states[sequence.request.request_id].metrics.num_preemptions += 1
+        self.metrics.preemptions += len(schedule.preempted)
+        num_decodes = sum(row.start >= row.sequence.num_prompt_tokens for row in schedule.rows[: schedule.num_single])
+        self.metrics.add_step(batch.bucket, schedule.num_tokens, num_decodes)
+
+    def _commit(self, schedule: Schedule, result: StepResult) -> list[RequestOutput]:
+        now = self.clock()
+        changed: dict[str, OutputState] = {}
+        if result.prompt_logprobs is not None:
+            self._take_prompt_logprobs(schedule.rows, result.prompt_logprobs)
+        for delta in self.scheduler.commit(schedule, result.tokens):
+            state = self._states[delta.sequence.request.request_id]
+            changed[state.request.request_id] = state
+            self._take_token(state, delta, result, now)
+        outputs = []
+        for state in changed.values():
+            output = state.output()
+            if output is None:
+                continue
+            if output.finished:
+                self._finish(state)
+            outputs.append(output)
+        return outputs
+
+    def _take_token(self, state: OutputState, delta: TokenDelta, result: StepResult, now: float) -> None:
+        sequence = delta.sequence
+        if sequence.finish_reason is FinishReason.ERROR:
+            state.fail("the model gave a result that is not a number")
+            return
+        metrics = state.metrics
+        if metrics.first_token_time is None:
+            metrics.first_token_time = now
+        metrics.last_token_time = now
+        wanted = state.request.sampling_params.logprobs
+        logprobs = None
+        if wanted is not None:
+            assert result.logprobs is not None
+            logprobs = _position_logprobs(delta.token_id, wanted, *(part[delta.row] for part in result.logprobs))
+        stop = state.append(sequence, delta.token_id, logprobs)
+        if stop is not None:
+            self.scheduler.finish(sequence, FinishReason.STOP, stop)
+
+    def _take_prompt_logprobs(self, rows: list[Row], arrays: tuple[np.ndarray, ...]) -> None:
+        offset = 0
+        for sequence, start, count, _ in rows:
+            state = self._states.get(sequence.request.request_id)
+            wanted = sequence.request.sampling_params.prompt_logprobs
+            if state is not None and wanted is not None:
+                # The logits at position p judge the prompt token at p + 1.
+                following = sequence.token_ids[start + 1 : min(start + count + 1, sequence.num_prompt_tokens)]
+                entries = [
+                    _position_logprobs(token, wanted, *(part[offset + i] for part in arrays))
+                    for i, token in enumerate(following)
+                ]
+                state.add_prompt_logprobs(start + 1, entries)
+            offset += count
+
+    def _finish(self, state: OutputState) -> None:
+        """Forgets a request that has ended."""
+        del self._states[state.request.request_id]
+        state.metrics.finished_time = self.clock()
+        for sequence in state.sequences:
+            self.metrics.requests[str(sequence.finish_reason)] += 1
+
+
+def _position_logprobs(
+    token: int, wanted: int, logprob: np.ndarray, rank: np.ndarray, top_ids: np.ndarray, top_logprobs: np.ndarray
+) -> PositionLogprobs:
+    entries = {token: Logprob(float(logprob), int(rank))}
+    for i in range(wanted):
+        entries.setdefault(int(top_ids[i]), Logprob(float(top_logprobs[i]), i + 1))
+    return entries

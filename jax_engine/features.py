@@ -1,0 +1,15 @@
+"""Feature: the optional parts of a step that some sequence in it uses. Shared by batch.py and the device code."""
+
+import enum
+
+
+class Feature(enum.IntFlag):
+    """Bit set carried by each batch; the device skips what nobody uses, without another compiled program."""
+
+    NONE = 0
+    RANDOM = 1  # somebody samples with a temperature
+    TRUNCATE = 2  # somebody uses top-k, top-p or min-p
+    PENALTIES = 4
+    ADJUST = 8  # somebody has a logit bias or a minimum length
+    LOGPROBS = 16
+    PROMPT_LOGPROBS = 32

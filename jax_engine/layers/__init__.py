@@ -1,0 +1,1 @@
+"""Layers that models share. Each declares its weights once: shape, dtype and logical axes. Pure functions."""

@@ -1,0 +1,24 @@
+"""Token embedding and the projection back to the vocabulary."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jax_engine.layers.param import declare
+
+
+class Embedding(nnx.Module):
+    """A vector per token; `logits` uses the same vectors where a model ties input and output."""
+
+    def __init__(self, vocab: int, embed: int, dtype: jnp.dtype):
+        self.weight = declare((vocab, embed), dtype, ("vocab", "embed"))
+
+    def __call__(self, ids: Int[Array, " T"]) -> Float[Array, "T D"]:
+        return self.weight[...][ids]
+
+    def logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
+        """Scores of every token, float32."""
+        return jax.lax.dot_general(
+            hidden, self.weight[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        )

@@ -1,0 +1,134 @@
+"""LLM: the offline facade. Prompts in, outputs out, in order."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from tqdm import tqdm
+
+from jax_engine.config import EngineConfig, Limits
+from jax_engine.errors import InvalidRequest
+from jax_engine.metrics import Metrics
+from jax_engine.request import RequestOutput
+from jax_engine.sampling_params import RequestOutputKind, SamplingParams
+from jax_engine.start import start_engine
+from jax_engine.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+Messages = Sequence[Mapping[str, Any]]
+
+
+class LLM:
+    """A model for use in a script.
+
+    Args:
+        model: see EngineConfig.model; the other fields of EngineConfig are taken by keyword.
+
+    Raises:
+        ConfigError, CheckpointError: the model cannot be run.
+    """
+
+    def __init__(self, model: str = EngineConfig.model, **options: Any):
+        self.config = EngineConfig(model=model, **options)
+        self._engine = start_engine(self.config)
+        self._num_requests = 0
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer, or None."""
+        return self._engine.tokenizer
+
+    @property
+    def limits(self) -> Limits:
+        """The sizes in force."""
+        return self._engine.limits
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below it."""
+        return self._engine.vocab_size
+
+    @property
+    def metrics(self) -> Metrics:
+        """Counters of the engine."""
+        return self._engine.metrics
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Completes prompts.
+
+        Args:
+            prompts: texts or lists of token ids, or one of them.
+            sampling_params: one for all, or one per prompt; None for the defaults.
+            use_tqdm: show a progress bar.
+
+        Returns:
+            One output per prompt, in their order.
+
+        Raises:
+            InvalidRequest: a prompt or parameter is wrong; none of the prompts is run.
+        """
+        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+            prompts = [prompts]  # type: ignore[list-item]
+        params = sampling_params if sampling_params is not None else SamplingParams()
+        all_params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(all_params) != len(prompts):
+            raise InvalidRequest(f"{len(prompts)} prompts but {len(all_params)} sampling_params", "sampling_params")
+        requests = []
+        for prompt, own in zip(prompts, all_params, strict=True):
+            own = dataclasses.replace(own, output_kind=RequestOutputKind.FINAL_ONLY)
+            requests.append(self._engine.make_request(str(self._num_requests), prompt, own))  # type: ignore[arg-type]
+            self._num_requests += 1
+        for request in requests:
+            self._engine.submit(request)
+        try:
+            outputs = self._run(len(requests), use_tqdm)
+        finally:
+            for request in requests:  # only on an error or Ctrl-C is anything left to abort
+                self._engine.abort(request.request_id)
+        return [outputs[request.request_id] for request in requests]
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> list[RequestOutput]:
+        """Completes one conversation, or several, through the model's chat template.
+
+        Args:
+            messages: dicts with `role` and `content`, or a list of such lists.
+
+        Raises:
+            InvalidRequest: as for generate, or the model has no tokenizer.
+            ChatTemplateError: the model has no template, or it refuses the messages.
+        """
+        if self.tokenizer is None:
+            raise InvalidRequest("the model has no tokenizer, so it cannot chat", "messages")
+        one = bool(messages) and isinstance(messages[0], Mapping)
+        conversations = cast(Sequence[Messages], [messages] if one else messages)
+        prompts = [
+            self.tokenizer.chat_prompt(
+                conversation,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+            ).token_ids
+            for conversation in conversations
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm)
+
+    def _run(self, num_requests: int, use_tqdm: bool) -> dict[str, RequestOutput]:
+        outputs: dict[str, RequestOutput] = {}
+        with tqdm(total=num_requests, desc="requests", disable=not use_tqdm) as progress:
+            while self._engine.has_work:
+                for output in self._engine.step():
+                    outputs[output.request_id] = output
+                    progress.update()
+        return outputs

@@ -1,0 +1,238 @@
+"""ModelRunner: the device side of the engine. Loads weights, makes the cache, compiles every bucket, runs steps.
+
+The engine calls `dispatch`, which returns at once, and later `StepHandle.result`, which waits. This file and
+checkpoints/loader.py are the only ones that put data on a device; `StepHandle.result` is the only place that reads it.
+"""
+
+import dataclasses
+import functools
+import logging
+import os
+import time
+from typing import Any
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from checkpoints.formats import Checkpoint
+from checkpoints.known_models import default_cache_dir
+from checkpoints.loader import dummy, load
+from checkpoints.weight_map import Wanted
+from jax_engine.batch import Adjustments, Batch, BatchLayout, Bucket, StepResult, buckets, no_adjustments
+from jax_engine.config import EngineConfig, Limits, ModelConfig, resolve
+from jax_engine.errors import ConfigError
+from jax_engine.features import Feature
+from jax_engine.kv_cache import KVCache, cache_shapes, page_bytes
+from jax_engine.models import model_class
+from jax_engine.sharding import make_mesh, replicated, sharding_of
+from jax_engine.step import StepOutput, step
+
+_log = logging.getLogger(__name__)
+
+#: KV pools on a CPU share its memory with everything else that runs there.
+_MAX_CPU_POOL_BYTES = 4 << 30
+
+
+class StepHandle:
+    """A dispatched step. Its result is on its way to the host from the moment it exists."""
+
+    def __init__(self, output: StepOutput, features: Feature):
+        sampled = output.sampled
+        self._tokens = sampled.tokens
+        self._logprobs = self._prompt = None
+        if Feature.LOGPROBS in features:
+            self._logprobs = tuple(sampled[1:])
+        if Feature.PROMPT_LOGPROBS in features:
+            self._prompt = output.prompt_logprobs
+        for array in jax.tree.leaves((self._tokens, self._logprobs, self._prompt)):
+            array.copy_to_host_async()
+
+    def is_ready(self) -> bool:
+        """Whether the device has finished the step; does not wait."""
+        return self._tokens.is_ready()  # pyright: ignore[reportAttributeAccessIssue]
+
+    def result(self) -> StepResult:
+        """Waits for the step and returns its result."""
+        tokens, logprobs, prompt = jax.device_get((self._tokens, self._logprobs, self._prompt))
+        return StepResult(tokens.tolist(), logprobs, prompt)
+
+
+class ModelRunner:
+    """A model on its device, with its cache and its compiled steps.
+
+    Raises:
+        ConfigError: the model or the configuration cannot be run.
+        CheckpointError: the weights are incomplete or damaged.
+    """
+
+    def __init__(self, config: EngineConfig, checkpoint: Checkpoint):
+        if config.compilation_cache_dir != "":
+            _use_compilation_cache(config.compilation_cache_dir or str(default_cache_dir() / "compiled"))
+        self.model_config = ModelConfig.from_hf(checkpoint.config)
+        device = jax.devices()[0]
+        self.platform = device.platform
+        self.device_kind = device.device_kind
+        self.dtype = jnp.dtype(_dtype(config.dtype, self.platform))
+        mesh = make_mesh([device])
+        self._replicated = replicated(mesh)
+        model = model_class(self.model_config)
+        abstract = nnx.eval_shape(lambda: model(self.model_config, self.dtype, self.platform != "cpu"))
+        self._graph, state = nnx.split(abstract)
+        wanted = _wanted(state, model.weight_map(self.model_config), mesh)
+        # A configuration that cannot work is told before weights are read.
+        resolve(config, self.model_config, platform=self.platform, num_pages=config.num_pages or 1)
+        arrays = (
+            dummy(wanted, config.seed)
+            if config.load_format == "dummy"
+            else load(checkpoint, wanted, ignore=model.IGNORED_TENSORS)
+        )
+        self.weight_bytes = sum(array.nbytes for array in arrays.values())
+        self.weights = _nested(arrays)
+        num_pages = config.num_pages or self._num_pages_that_fit(config, device)
+        self.limits = resolve(config, self.model_config, platform=self.platform, num_pages=num_pages)
+        self._check_pool()
+        self._cache = self._empty_cache()
+        self._no_adjustments = {
+            size: self._put(no_adjustments(size)) for size in {bucket.num_seqs for bucket in buckets(self.limits)}
+        }
+        self._no_targets = {
+            size: self._put(np.full(size, -1, np.int32))
+            for size in {bucket.num_tokens for bucket in buckets(self.limits)}
+        }
+        self._steps = self._compile()
+
+    def dispatch(self, batch: Batch) -> StepHandle:
+        """Enqueues a step and returns at once."""
+        layout, compiled = self._steps[batch.bucket]
+        adjustments, targets = batch.adjustments, batch.prompt_targets
+        self._cache, output = compiled(
+            self.weights,
+            self._cache,
+            self._put(batch.packed),
+            self._no_adjustments[batch.bucket.num_seqs] if adjustments is None else self._put(adjustments),
+            self._no_targets[batch.bucket.num_tokens] if targets is None else self._put(targets),
+        )
+        _, features = layout.unpack(batch.packed)["scalars"]
+        return StepHandle(output, Feature(int(features)))
+
+    def _put(self, arrays):
+        return jax.device_put(arrays, self._replicated)
+
+    def _empty_cache(self) -> KVCache:
+        shapes = cache_shapes(self.model_config, self.limits, self.dtype)
+        make = functools.partial(jax.tree.map, lambda shape: jnp.zeros(shape.shape, shape.dtype))
+        return jax.jit(lambda: make(shapes), out_shardings=self._replicated)()
+
+    def _num_pages_that_fit(self, config: EngineConfig, device: Any) -> int:
+        """As many pages as free memory holds, but no more than the sequences could ever use."""
+        limits = resolve(config, self.model_config, platform=self.platform, num_pages=1)
+        useful = limits.max_num_seqs * limits.max_pages_per_seq
+        if self.platform == "cpu":
+            available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            free = min(available // 4, _MAX_CPU_POOL_BYTES)
+        else:
+            stats = device.memory_stats() or {}
+            usable = int(stats.get("bytes_limit", 0) * config.gpu_memory_utilization)
+            free = usable - stats.get("bytes_in_use", 0) - self._activation_bytes(limits)
+        size = page_bytes(self.model_config, limits.page_size, self.dtype)
+        if free < size:
+            raise ConfigError(
+                f"no memory is left for the KV pool: a page takes {size} bytes, {free} are free; "
+                "raise gpu_memory_utilization, or lower max_num_batched_tokens or max_num_seqs"
+            )
+        return min(useful, free // size)
+
+    def _activation_bytes(self, limits: Limits) -> int:
+        """Temporary memory of the largest step, as the compiler reports it for a pool of one sequence."""
+        small = dataclasses.replace(limits, num_pages=limits.max_pages_per_seq)
+        bucket = max(buckets(limits), key=lambda bucket: bucket.num_tokens)
+        analysis = self._compile_bucket(bucket, small)[1].memory_analysis()
+        assert analysis is not None, "the compiler reports no memory use"
+        return analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+
+    def _check_pool(self) -> None:
+        limits = self.limits
+        if limits.num_pages * limits.page_size < limits.max_model_len:
+            raise ConfigError(
+                f"the pool's {limits.num_pages} pages of {limits.page_size} tokens do not hold one sequence of "
+                f"max_model_len {limits.max_model_len}; lower max_model_len or give the pool more memory"
+            )
+
+    def _compile(self) -> dict[Bucket, tuple[BatchLayout, jax.stages.Compiled]]:
+        started = time.monotonic()
+        steps = {}
+        for bucket in tqdm(buckets(self.limits), desc="compiling buckets", unit="bucket", leave=False):
+            steps[bucket] = self._compile_bucket(bucket, self.limits)
+        _log.info("compiled %d buckets in %.1f s", len(steps), time.monotonic() - started)
+        return steps
+
+    def _compile_bucket(self, bucket: Bucket, limits: Limits) -> tuple[BatchLayout, jax.stages.Compiled]:
+        layout = BatchLayout(bucket, limits.max_pages_per_seq)
+        function = jax.jit(functools.partial(step, self._graph, layout, limits.page_size), donate_argnums=1)
+
+        def on_device(array) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self._replicated)
+
+        # Who asks for float32 means it: accelerators would else multiply in a shorter format.
+        with jax.default_matmul_precision("highest" if self.dtype == jnp.float32 else "default"):
+            lowered = function.lower(
+                self.weights,
+                jax.tree.map(on_device, cache_shapes(self.model_config, limits, self.dtype)),
+                jax.ShapeDtypeStruct((layout.size,), jnp.int32, sharding=self._replicated),
+                Adjustments(*map(on_device, no_adjustments(bucket.num_seqs))),
+                jax.ShapeDtypeStruct((bucket.num_tokens,), jnp.int32, sharding=self._replicated),
+            )
+        return layout, lowered.compile()
+
+
+def count_compilations(callback) -> None:
+    """Calls `callback` for every program that XLA compiles in this process from now on."""
+
+    def on_event(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            callback()
+
+    jax.monitoring.register_event_duration_secs_listener(on_event)
+
+
+def _use_compilation_cache(folder: str) -> None:
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _dtype(name: str, platform: str) -> str:
+    if name == "auto":
+        return "float32" if platform == "cpu" else "bfloat16"
+    return name
+
+
+def _wanted(state: nnx.State, sources: dict, mesh: jax.sharding.Mesh) -> dict[str, Wanted]:
+    wanted = {}
+    for path, variable in nnx.to_flat_state(state):
+        metadata = variable.get_metadata()
+        name = ".".join(map(str, path))
+        wanted[name] = Wanted(
+            shape=variable.shape,
+            dtype=variable.dtype,
+            sharding=sharding_of(metadata["axes"], mesh),
+            source=sources[name],
+            init=metadata["init"],
+        )
+    return wanted
+
+
+def _nested(arrays: dict[str, jax.Array]) -> dict:
+    """Dotted paths -> nested dicts, list positions as int keys, as nnx.merge takes them."""
+    tree: dict = {}
+    for path, array in arrays.items():
+        *parents, leaf = (int(part) if part.isdecimal() else part for part in path.split("."))
+        node = tree
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[leaf] = array
+    return tree

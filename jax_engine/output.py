@@ -1,0 +1,177 @@
+"""From tokens to what the caller sees: text, stop strings, log-probabilities, RequestOutputs.
+
+One OutputState per request, fed by the engine with each accepted token. It decides nothing about scheduling: when it
+finds a stop string it says so, and the engine ends the sequence.
+"""
+
+from dataclasses import dataclass
+
+from jax_engine.request import (
+    CompletionOutput,
+    FinishReason,
+    Logprob,
+    PositionLogprobs,
+    Request,
+    RequestMetrics,
+    RequestOutput,
+)
+from jax_engine.sampling_params import RequestOutputKind
+from jax_engine.sequence import Sequence, Status
+from jax_engine.tokenizer import TextStream, Tokenizer
+
+
+@dataclass(slots=True)
+class _Completion:
+    """What has been made of one sequence so far, and how much of it the caller has been given."""
+
+    sequence: Sequence
+    stream: TextStream | None
+    text: str = ""
+    logprobs: list[PositionLogprobs] | None = None
+    cumulative_logprob: float | None = None
+    sent_chars: int = 0
+    sent_tokens: int = 0
+    sent_end: bool = False
+    num_held_chars: int = 0  # at the end of the text, perhaps the beginning of a stop string
+
+
+class OutputState:
+    """The outputs of one request.
+
+    Args:
+        request: what was asked.
+        sequences: its n sequences.
+        tokenizer: None for a model without one; the text is then empty.
+    """
+
+    def __init__(self, request: Request, sequences: list[Sequence], tokenizer: Tokenizer | None):
+        self.request = request
+        self.sequences = sequences
+        self.metrics = RequestMetrics(request.arrival_time)
+        params = request.sampling_params
+        self.prompt_logprobs: list[PositionLogprobs | None] | None = None if params.prompt_logprobs is None else [None]
+        self._params = params
+        self._prompt_token_ids = list(request.prompt_token_ids)
+        self._tokenizer = tokenizer
+        self._error: str | None = None
+        self._completions = [
+            _Completion(
+                sequence,
+                tokenizer.stream(params.skip_special_tokens) if tokenizer and params.detokenize else None,
+                logprobs=None if params.logprobs is None else [],
+                cumulative_logprob=None if params.logprobs is None else 0.0,
+            )
+            for sequence in sequences
+        ]
+
+    @property
+    def finished(self) -> bool:
+        """Whether every completion has ended."""
+        if len(self.sequences) == 1:  # asked for every token, so the common case is kept cheap
+            return self.sequences[0].status is Status.FINISHED
+        return all(sequence.status is Status.FINISHED for sequence in self.sequences)
+
+    def fail(self, message: str) -> None:
+        """Notes why the request failed; the caller reads it as RequestOutput.error."""
+        self._error = message
+
+    def append(self, sequence: Sequence, token: int, logprobs: PositionLogprobs | None) -> str | None:
+        """Takes in an accepted token. Returns the stop string that it completed, if it did."""
+        completion = self._completions[sequence.index]
+        if logprobs is not None:
+            assert completion.logprobs is not None and completion.cumulative_logprob is not None
+            completion.logprobs.append(self._decoded(logprobs))
+            completion.cumulative_logprob += logprobs[token].logprob
+        if completion.stream is None:
+            return None
+        ended_by_token = sequence.finish_reason is FinishReason.STOP
+        if ended_by_token and not self._params.include_stop_str_in_output:
+            completion.text += completion.stream.flush()
+            return None
+        new = completion.stream.push(token)
+        if sequence.finish_reason is not None:
+            new += completion.stream.flush()
+        completion.text += new
+        return self._find_stop(completion, len(new)) if self._params.stop else None
+
+    def _find_stop(self, completion: _Completion, num_new_chars: int) -> str | None:
+        """Looks for a stop string that ends in the new characters; cuts the text there."""
+        if completion.sequence.num_output_tokens < self._params.min_tokens:
+            return None
+        text, best = completion.text, None
+        for stop in self._params.stop or ():
+            at = text.find(stop, max(0, len(text) - num_new_chars - len(stop) + 1))
+            if at >= 0 and (best is None or at < best[0]):
+                best = (at, stop)
+        if best is not None:
+            at, stop = best
+            completion.text = text[: at + len(stop)] if self._params.include_stop_str_in_output else text[:at]
+            completion.num_held_chars = 0
+            return stop
+        completion.num_held_chars = max(_overlap(text, stop) for stop in self._params.stop or ())
+        return None
+
+    def add_prompt_logprobs(self, first: int, logprobs: list[PositionLogprobs]) -> None:
+        """Takes in those of the prompt tokens from position `first` on; what is known already is passed over."""
+        assert self.prompt_logprobs is not None
+        known = len(self.prompt_logprobs)
+        self.prompt_logprobs.extend(self._decoded(entry) for entry in logprobs[max(0, known - first) :])
+
+    def _decoded(self, logprobs: PositionLogprobs) -> PositionLogprobs:
+        if self._tokenizer is None:
+            return logprobs
+        decode = self._tokenizer.token_text
+        return {token: Logprob(entry.logprob, entry.rank, decode(token)) for token, entry in logprobs.items()}
+
+    def output(self) -> RequestOutput | None:
+        """What the caller is to be given now, or None; as the request's output_kind says."""
+        finished = self.finished
+        kind = self._params.output_kind
+        if kind is RequestOutputKind.FINAL_ONLY and not finished:
+            return None
+        delta = kind is RequestOutputKind.DELTA
+        outputs = [self._completion_output(c, delta) for c in self._completions if not delta or self._has_news(c)]
+        if not outputs and not finished:
+            return None
+        return RequestOutput(
+            request_id=self.request.request_id,
+            prompt=self.request.prompt,
+            prompt_token_ids=self._prompt_token_ids,
+            outputs=outputs,
+            finished=finished,
+            metrics=self.metrics,
+            prompt_logprobs=self.prompt_logprobs,
+            error=self._error,
+        )
+
+    def _has_news(self, completion: _Completion) -> bool:
+        return completion.sent_tokens < completion.sequence.num_output_tokens or (
+            completion.sequence.finish_reason is not None and not completion.sent_end
+        )
+
+    def _completion_output(self, completion: _Completion, delta: bool) -> CompletionOutput:
+        sequence = completion.sequence
+        ended = sequence.finish_reason is not None
+        end = len(completion.text) - (0 if ended else completion.num_held_chars)
+        chars, tokens = (completion.sent_chars, completion.sent_tokens) if delta else (0, 0)
+        logprobs = completion.logprobs
+        completion.sent_chars = end
+        completion.sent_tokens = len(sequence.token_ids) - sequence.num_prompt_tokens
+        completion.sent_end = ended
+        return CompletionOutput(
+            index=sequence.index,
+            text=completion.text[chars:end],
+            token_ids=sequence.token_ids[sequence.num_prompt_tokens + tokens :],
+            cumulative_logprob=completion.cumulative_logprob,
+            logprobs=None if logprobs is None else logprobs[tokens:],
+            finish_reason=sequence.finish_reason,
+            stop_reason=sequence.stop_reason,
+        )
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`."""
+    for length in range(min(len(stop) - 1, len(text)), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0

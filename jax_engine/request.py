@@ -1,0 +1,95 @@
+"""What goes into the engine (Request) and what comes out of it (RequestOutput and its parts).
+
+Field names of the outputs are vLLM's. Nothing here touches a device.
+"""
+
+import enum
+from dataclasses import dataclass, field
+
+from jax_engine.sampling_params import SamplingParams
+
+
+class FinishReason(enum.StrEnum):
+    """Why a completion ended; the values are those of the OpenAI API, plus `abort` and `error`."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One prompt and how to continue it.
+
+    Attributes:
+        request_id: unique among live requests.
+        prompt_token_ids: at least one token.
+        sampling_params: checked; see SamplingParams.
+        prompt: the prompt's text, when it was given as text; carried through to the output.
+        arrival_time: seconds on the engine's monotonic clock.
+        priority: lower is served first, where the policy looks at it.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling_params: SamplingParams
+    prompt: str | None = None
+    arrival_time: float = 0.0
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """Log-probability of one token under the model's raw logits; `rank` 1 is the most likely token."""
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+#: For one position: token id -> Logprob; the chosen (or prompt) token comes first, then the most likely ones in order.
+PositionLogprobs = dict[int, Logprob]
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One completion of a request.
+
+    In a stream `text` and `token_ids` hold everything so far, or only what is new, as the method that made them says.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[PositionLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """Seconds on the engine's monotonic clock; None until the event has happened."""
+
+    arrival_time: float
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    last_token_time: float | None = None
+    finished_time: float | None = None
+    num_preemptions: int = 0
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """The state of one request, as handed to the caller. `finished` is true once every completion has ended."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    metrics: RequestMetrics
+    prompt_logprobs: list[PositionLogprobs | None] | None = None
+    num_cached_tokens: int = 0
+    error: str | None = field(default=None)

@@ -1,0 +1,314 @@
+"""The sampler: from logits to tokens and log-probabilities, on the device, in one program for every setting.
+
+Called by step.py inside the jitted step. Each optional part stands under `lax.cond` on its bit of `features`, so that a
+batch nobody uses it in does not pay for it, and no combination of settings compiles anything. It never reads anything
+back, never keeps state, and never looks at a row's slot or neighbours: randomness is a function of seed and position.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.random import threefry_2x32
+from jaxtyping import Array, Float, Int32, UInt32
+
+from jax_engine.features import Feature
+
+#: Most tokens reported beside the chosen one.
+NUM_TOP_LOGPROBS = 20
+#: Temperatures below this one are greedy.
+GREEDY_TEMPERATURE = 1e-5
+#: Rows of logits that prompt_logprobs holds at a time.
+PROMPT_BLOCK = 64
+
+_ONE = 0x3F800000  # the bits of 1.0f
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SamplingInputs:
+    """One row per sequence of the step. A axis: adjustments; S axis: positions.
+
+    Attributes:
+        temperature: below GREEDY_TEMPERATURE: greedy. top_p: 1 for off. min_p: 0 for off. top_k: below 1 for off.
+        presence_penalty, frequency_penalty: 0 for off. repetition_penalty: 1 for off.
+        seed: the two words of the sequence's random key. position: where in the sequence the sampled token will stand.
+        prompt_len: number of prompt tokens.
+        history: token ids by position, valid below `position`: the prompt, then the output.
+        adjust_ids, adjust_values, adjust_until: `value` is added to the logit of `id` while position < `until`; an id
+            below 0 is unused. Serves logit_bias (until: the largest int32) and min_tokens (value: -inf).
+        features: Feature bits.
+    """
+
+    temperature: Float[Array, "B"]
+    top_p: Float[Array, "B"]
+    min_p: Float[Array, "B"]
+    presence_penalty: Float[Array, "B"]
+    frequency_penalty: Float[Array, "B"]
+    repetition_penalty: Float[Array, "B"]
+    top_k: Int32[Array, "B"]
+    seed: UInt32[Array, "B 2"]
+    position: Int32[Array, "B"]
+    prompt_len: Int32[Array, "B"]
+    history: Int32[Array, "B S"]
+    adjust_ids: Int32[Array, "B A"]
+    adjust_values: Float[Array, "B A"]
+    adjust_until: Int32[Array, "B A"]
+    features: Int32[Array, ""]
+
+
+class SamplerOutput(NamedTuple):
+    """What a step chose. The log-probability fields are zero unless Feature.LOGPROBS is set.
+
+    Attributes:
+        tokens: [B] int32; -1 where the row's logits hold NaN.
+        logprob, rank: of the token, in the raw logits. rank is 1 + the number of likelier tokens.
+        top_ids, top_logprobs: the likeliest tokens, likeliest first, lowest id first among equals; -1 and -inf where
+            the vocabulary has no more.
+    """
+
+    tokens: Int32[Array, "B"]
+    logprob: Float[Array, "B"]
+    rank: Int32[Array, "B"]
+    top_ids: Int32[Array, "B 20"]
+    top_logprobs: Float[Array, "B 20"]
+
+
+def sample(logits: Float[Array, "B V"], inputs: SamplingInputs) -> SamplerOutput:
+    """Chooses one token per row.
+
+    Order: repetition penalty (prompt and output; CTRL, arXiv 1909.05858), frequency and presence penalty (output),
+    adjustments, temperature, min_p, top_k, top_p (nucleus sampling, arXiv 1904.09751, on what min_p and top_k left),
+    then a draw by the exponential race, which is the Gumbel-max method with one logarithm less. Log-probabilities are
+    those of `logits` before all of this.
+
+    Truncation is exact on the float32 weights exp((x - max) / temperature): tokens of equal weight are kept or dropped
+    together, so ties at a threshold are all kept; the token whose mass crosses top_p is kept.
+
+    Args:
+        logits: float32. Minus infinity forbids a token.
+    """
+    has = _has(inputs)
+    changed = has(Feature.RANDOM | Feature.PENALTIES | Feature.ADJUST)
+    tokens = jax.lax.cond(changed, lambda: _choose(logits, inputs), lambda: _argmax(logits))
+    shape = jax.eval_shape(_logprobs, logits, tokens)
+    parts = jax.lax.cond(
+        has(Feature.LOGPROBS),
+        lambda: _logprobs(logits, tokens),
+        lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape),
+    )
+    return SamplerOutput(tokens, *parts)
+
+
+def prompt_logprobs(
+    hidden: Float[Array, "T D"],
+    logits_fn: Callable[[Float[Array, "n D"]], Float[Array, "n V"]],
+    targets: Int32[Array, "T"],
+    enabled: Array | bool,
+) -> tuple[Float[Array, "T"], Int32[Array, "T"], Int32[Array, "T 20"], Float[Array, "T 20"]]:
+    """Log-probabilities of given tokens, for the prompt tokens of a step.
+
+    Goes through the rows in blocks of PROMPT_BLOCK, skips blocks without targets, and holds the logits of one block.
+
+    Args:
+        logits_fn: the model's head; float32 logits of some rows.
+        targets: the token that follows each row; -1 for none.
+        enabled: scalar, false when no request of the step asks for them.
+
+    Returns:
+        logprob, rank, top_ids and top_logprobs as in SamplerOutput, in the order of the rows; zero where there is no
+        target or `enabled` is false.
+    """
+    num_rows = hidden.shape[0]
+    size = min(PROMPT_BLOCK, num_rows)
+    blank = (
+        jnp.zeros(num_rows, jnp.float32),
+        jnp.zeros(num_rows, jnp.int32),
+        jnp.zeros((num_rows, NUM_TOP_LOGPROBS), jnp.int32),
+        jnp.zeros((num_rows, NUM_TOP_LOGPROBS), jnp.float32),
+    )
+
+    def run_block(i, outputs):
+        start = jnp.minimum(i * size, num_rows - size)  # the last block is moved back; it repeats some rows
+
+        def compute():
+            tokens = jax.lax.dynamic_slice_in_dim(targets, start, size)
+            parts = _logprobs(logits_fn(jax.lax.dynamic_slice_in_dim(hidden, start, size)), tokens)
+            parts = [jnp.where((tokens >= 0).reshape(-1, *[1] * (part.ndim - 1)), part, 0) for part in parts]
+            return tuple(
+                jax.lax.dynamic_update_slice_in_dim(output, part, start, axis=0)
+                for output, part in zip(outputs, parts, strict=True)
+            )
+
+        wanted = (jax.lax.dynamic_slice_in_dim(targets, start, size) >= 0).any()
+        return jax.lax.cond(wanted, compute, lambda: outputs)
+
+    num_blocks = jnp.where(jnp.asarray(enabled).astype(bool), -(-num_rows // size), 0)
+    return jax.lax.fori_loop(0, num_blocks, run_block, blank)
+
+
+def _has(inputs):
+    return lambda features: (inputs.features & int(features)) != 0
+
+
+def _argmax(logits):
+    """Index of each row's first largest logit; -1 for a row with NaN.
+
+    Two plain passes: XLA's own argmax is several times slower on CPU.
+    """
+    top = logits.max(axis=-1, keepdims=True)
+    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    first = jnp.where(logits == top, ids, logits.shape[1]).min(axis=-1)
+    return jnp.where(jnp.isnan(top[:, 0]), -1, first)
+
+
+def _choose(logits, inputs):
+    """Tokens of rows any of which has penalties, adjustments or a temperature."""
+    has = _has(inputs)
+    adjusted = jax.lax.cond(has(Feature.PENALTIES), lambda: _penalize(logits, inputs), lambda: logits)
+    adjusted = jax.lax.cond(has(Feature.ADJUST), lambda: _adjust(adjusted, inputs), lambda: adjusted)
+    likeliest = _argmax(adjusted)
+    drawn = jax.lax.cond(has(Feature.RANDOM), lambda: _draw(adjusted, inputs), lambda: likeliest)
+    greedy = (inputs.temperature < GREEDY_TEMPERATURE) | (likeliest < 0)
+    return jnp.where(greedy, likeliest, drawn)
+
+
+def _penalize(logits, inputs):
+    """Logits after the three penalties."""
+    batch, vocab_size = logits.shape
+    at = jnp.arange(inputs.history.shape[1], dtype=jnp.int32)
+    known = (at < inputs.position[:, None]) & (inputs.history >= 0)
+    output = known & (at >= inputs.prompt_len[:, None])
+    rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
+
+    def count(which):
+        ids = jnp.where(which, inputs.history, vocab_size)
+        return jnp.zeros((batch, vocab_size), jnp.int32).at[rows, ids].add(1, mode="drop")
+
+    counts = count(output)
+    seen = (count(known & ~output) > 0) | (counts > 0)
+    repetition = inputs.repetition_penalty[:, None]
+    logits = jnp.where(seen, jnp.where(logits > 0, logits / repetition, logits * repetition), logits)
+    logits = logits - inputs.frequency_penalty[:, None] * counts
+    return logits - inputs.presence_penalty[:, None] * (counts > 0)
+
+
+def _adjust(logits, inputs):
+    """Logits plus each row's adjustments that are in force at its position."""
+    batch, vocab_size = logits.shape
+    in_force = (inputs.adjust_ids >= 0) & (inputs.position[:, None] < inputs.adjust_until)
+    ids = jnp.where(in_force, inputs.adjust_ids, vocab_size)
+    rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
+    return logits.at[rows, ids].add(inputs.adjust_values, mode="drop")
+
+
+def _draw(logits, inputs):
+    """A random token per row, in proportion to the weights that truncation leaves."""
+    top = logits.max(axis=-1, keepdims=True)
+    temperature = jnp.maximum(inputs.temperature, GREEDY_TEMPERATURE)[:, None]
+    weights = jnp.exp(jnp.where(logits == top, 0, (logits - top) / temperature))
+    least = jax.lax.cond(
+        _has(inputs)(Feature.TRUNCATE),
+        lambda: _least_weight(weights, inputs),
+        lambda: jnp.zeros(logits.shape[0], jnp.float32),
+    )
+    race = weights / _exponentials(inputs.seed, inputs.position, logits.shape[1])
+    return _argmax(jnp.where(weights >= least[:, None], race, -1))
+
+
+def _exponentials(seed, position, vocab_size):
+    """[B, V] float32 of the unit exponential distribution; a function of seed and position alone.
+
+    All 32 bits are used, at full relative precision near zero, where the race is decided: with the usual 23 bits a
+    large flat vocabulary would tie.
+    """
+
+    def one(words, position):
+        key = jax.random.fold_in(jax.random.wrap_key_data(words, impl="threefry2x32"), position)
+        return threefry_2x32(jax.random.key_data(key), jnp.arange(vocab_size, dtype=jnp.uint32))
+
+    uniform = (jax.vmap(one)(seed, position).astype(jnp.float32) + 0.5) * 2.0**-32
+    return -jnp.log1p(-jnp.minimum(uniform, 1 - 2.0**-24))
+
+
+class _Search(NamedTuple):
+    """Per row: the stage, the half-closed bracket of the threshold's bits, and the sum that stage has to reach.
+
+    The bits of a non-negative float32, read as an integer, are in the order of the floats.
+    """
+
+    stage: jax.Array
+    low: jax.Array
+    high: jax.Array
+    target: jax.Array
+
+
+_TOP_K, _MASS, _TOP_P, _DONE = range(4)
+
+
+def _least_weight(weights, inputs):
+    """[B] float32: the smallest weight each row keeps after min_p, top_k and top_p.
+
+    Args:
+        weights: [B, V] float32 in [0, 1], the largest of a row exactly 1.
+
+    No sort: the threshold is bisected on its bits. One loop serves all rows and both truncations; each pass over the
+    vocabulary gives every row one sum, of ones in the top_k stage and of weights in the top_p stage. Float32 sums of
+    ones are exact up to 2 ** 24 tokens; a fixed order of summation makes the sums of weights monotone.
+    """
+    vocab_size = weights.shape[1]
+    active = (inputs.temperature >= GREEDY_TEMPERATURE) & ~jnp.isnan(weights.max(axis=-1))
+    by_count = active & (inputs.top_k > 0) & (inputs.top_k < vocab_size)
+    by_mass = active & (inputs.top_p < 1)
+    floor = jax.lax.bitcast_convert_type(jnp.clip(inputs.min_p, 0, 1), jnp.int32)
+
+    def after_count(low):
+        return jnp.where(by_mass, _MASS, _DONE), jnp.maximum(low, floor)
+
+    stage, low = after_count(jnp.zeros_like(floor))
+    stage, low = jnp.where(by_count, _TOP_K, stage), jnp.where(by_count, 0, low)
+    start = _Search(stage, low, jnp.full_like(floor, _ONE), inputs.top_k.astype(jnp.float32))
+    found = jax.lax.while_loop(
+        lambda search: (search.stage != _DONE).any(),
+        lambda search: _one_pass(search, weights, inputs.top_p, after_count),
+        start,
+    )
+    return jax.lax.bitcast_convert_type(found.low, jnp.float32)
+
+
+def _one_pass(search, weights, top_p, after_count):
+    """The search after one sum over each row's weights."""
+    stage, low, high, target = search
+    bisecting = (stage == _TOP_K) | (stage == _TOP_P)
+    middle = jnp.where(bisecting, high - (high - low) // 2, low)  # rounded up
+    bound = jax.lax.bitcast_convert_type(middle, jnp.float32)[:, None]
+    is_count = (stage == _TOP_K)[:, None]
+    total = jnp.where(weights >= bound, jnp.where(is_count, 1.0, weights), 0.0).sum(axis=-1)
+    reached = total >= target
+    low = jnp.where(bisecting & reached, middle, low)
+    high = jnp.where(bisecting & ~reached, middle - 1, high)
+    # A count that is met exactly settles top_k, wherever between two weights the bound lies.
+    counted = (stage == _TOP_K) & ((low == high) | (total == target))
+    summed, found = stage == _MASS, (stage == _TOP_P) & (low == high)
+    next_stage, next_low = after_count(low)
+    return _Search(
+        stage=jnp.where(counted, next_stage, jnp.where(summed, _TOP_P, jnp.where(found, _DONE, stage))),
+        low=jnp.where(counted, next_low, low),
+        high=jnp.where(counted, _ONE, high),
+        target=jnp.where(summed, top_p * total, target),
+    )
+
+
+def _logprobs(logits, tokens):
+    """logprob, rank, top_ids, top_logprobs of the raw logits [n, V]; see SamplerOutput."""
+    normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    chosen = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[:, None], axis=1)
+    rank = 1 + (logits > chosen).sum(axis=-1, dtype=jnp.int32)
+    count = min(NUM_TOP_LOGPROBS, logits.shape[1])
+    values, ids = jax.lax.top_k(logits, count)
+    padding = ((0, 0), (0, NUM_TOP_LOGPROBS - count))
+    top_ids = jnp.pad(ids.astype(jnp.int32), padding, constant_values=-1)
+    top_logprobs = jnp.pad(values - normalizer, padding, constant_values=-jnp.inf)
+    return (chosen - normalizer)[:, 0], rank, top_ids, top_logprobs

@@ -1,0 +1,161 @@
+"""SamplingParams: how one request's tokens are chosen, and every range check on it.
+
+The same object and the same checks serve the library and HTTP. Field names and defaults are vLLM's, so scripts port
+by changing the import. Nothing here touches a device.
+"""
+
+import enum
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from jax_engine.errors import InvalidRequest
+
+MAX_N = 128
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 16
+MAX_STOP_STRING_CHARS = 1024
+MAX_STOP_TOKEN_IDS = 128
+MAX_LOGIT_BIASES = 300
+_INT32_MAX = 2**31 - 1
+
+
+class RequestOutputKind(enum.Enum):
+    """What each RequestOutput of a stream holds: everything so far, only what is new, or one output at the end."""
+
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
+
+
+def _check_number(name: str, value: object, low: float, high: float, allowed: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InvalidRequest(f"{name} must be a finite number, got {value!r}; allowed: {allowed}", name)
+    if not low <= value <= high:
+        raise InvalidRequest(f"{name} must be in {allowed}, got {value!r}", name)
+
+
+def _check_int(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidRequest(f"{name} must be an integer, got {value!r}", name)
+    if not low <= value <= high:
+        raise InvalidRequest(f"{name} must be in [{low}, {high}], got {value}", name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """Sampling settings of one request.
+
+    The order in which they act on the float32 logits of a position: `repetition_penalty` (CTRL, arXiv 1909.05858,
+    over prompt and output), `frequency_penalty` and `presence_penalty` (over output), `logit_bias` and the
+    `min_tokens` mask, `temperature`, `min_p`, `top_k`, `top_p` (nucleus sampling, arXiv 1904.09751). Log-probabilities
+    are those of the model's raw logits, before any of these.
+
+    Attributes:
+        n: completions per prompt.
+        presence_penalty, frequency_penalty: in [-2, 2].
+        repetition_penalty: in (0, 2]; above 1 discourages tokens already seen.
+        temperature: at least 0; 0 (below 1e-5) means greedy.
+        top_p: in (0, 1]. top_k: 0 or -1 for all, else at least 1. min_p: in [0, 1].
+        seed: any integer fitting in 64 bits signed; None takes one from the engine's seed and the request's number.
+        stop: strings that end the output; the output ends before the string, or after it with
+            `include_stop_str_in_output`.
+        stop_token_ids: token ids that end the output. The token is part of `token_ids`, its text is not in `text`.
+        ignore_eos: go on after an end-of-sequence token.
+        max_tokens: most output tokens; None means as many as fit.
+        min_tokens: no end-of-sequence and no stop token before this many output tokens.
+        logprobs: None for none, else the number of most likely tokens reported beside the chosen one.
+        prompt_logprobs: the same for each prompt token.
+        detokenize: produce text. skip_special_tokens: leave special tokens out of the text.
+        logit_bias: token id -> value in [-100, 100] added to its logit.
+        output_kind: what the outputs of a stream hold; has no meaning offline.
+
+    Raises:
+        InvalidRequest: a value is out of its range; `param` names it.
+    """
+
+    n: int = 1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    logit_bias: Mapping[int, float] | None = None
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+
+    def __post_init__(self) -> None:
+        _check_int("n", self.n, 1, MAX_N)
+        _check_number("presence_penalty", self.presence_penalty, -2, 2, "[-2, 2]")
+        _check_number("frequency_penalty", self.frequency_penalty, -2, 2, "[-2, 2]")
+        _check_number("repetition_penalty", self.repetition_penalty, 1e-6, 2, "(0, 2]")
+        _check_number("temperature", self.temperature, 0, 100, "[0, 100]")
+        _check_number("top_p", self.top_p, 1e-9, 1, "(0, 1]")
+        _check_int("top_k", self.top_k, -1, _INT32_MAX)
+        _check_number("min_p", self.min_p, 0, 1, "[0, 1]")
+        if self.seed is not None:
+            _check_int("seed", self.seed, -(2**63), 2**63 - 1)
+        if self.max_tokens is not None:
+            _check_int("max_tokens", self.max_tokens, 1, _INT32_MAX)
+        _check_int("min_tokens", self.min_tokens, 0, _INT32_MAX)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequest(
+                f"min_tokens must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}", "min_tokens"
+            )
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name), 0, MAX_LOGPROBS)
+        self._freeze_stops()
+        self._freeze_biases()
+
+    def _freeze_stops(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        if len(stop) > MAX_STOP_STRINGS:
+            raise InvalidRequest(f"stop holds {len(stop)} strings; at most {MAX_STOP_STRINGS} are allowed", "stop")
+        for text in stop:
+            if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_STRING_CHARS:
+                raise InvalidRequest(f"each stop must be a string of 1 to {MAX_STOP_STRING_CHARS} characters", "stop")
+        if stop and not self.detokenize:
+            raise InvalidRequest("stop strings need detokenize=True", "stop")
+        ids = tuple(self.stop_token_ids or ())
+        if len(ids) > MAX_STOP_TOKEN_IDS:
+            raise InvalidRequest(
+                f"stop_token_ids holds {len(ids)} ids; at most {MAX_STOP_TOKEN_IDS} are allowed", "stop_token_ids"
+            )
+        for token in ids:
+            _check_int("stop_token_ids", token, 0, _INT32_MAX)
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", ids)
+
+    def _freeze_biases(self) -> None:
+        biases = dict(self.logit_bias or {})
+        if len(biases) > MAX_LOGIT_BIASES:
+            raise InvalidRequest(
+                f"logit_bias holds {len(biases)} tokens; at most {MAX_LOGIT_BIASES} are allowed", "logit_bias"
+            )
+        for token, value in biases.items():
+            _check_int("logit_bias", token, 0, _INT32_MAX)
+            _check_number("logit_bias", value, -100, 100, "[-100, 100]")
+        object.__setattr__(self, "logit_bias", biases)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is taken, so that no randomness is used."""
+        return self.temperature < 1e-5
+
+    @property
+    def penalized(self) -> bool:
+        """Whether any of the three penalties is on."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1

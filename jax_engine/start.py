@@ -1,0 +1,70 @@
+"""From a configuration to a running engine: checkpoint, weights, compiled steps, tokenizer, and what is said of it."""
+
+import gc
+import logging
+import time
+from pathlib import Path
+
+from checkpoints.formats import Checkpoint, open_checkpoint
+from checkpoints.tokenizer_files import TokenizerFiles
+from jax_engine.config import EngineConfig
+from jax_engine.engine import Engine
+from jax_engine.errors import ConfigError
+from jax_engine.model_runner import ModelRunner, count_compilations
+from jax_engine.models.shapes import NAMED_SHAPES
+from jax_engine.tokenizer import load_tokenizer
+
+_log = logging.getLogger(__name__)
+
+
+def start_engine(config: EngineConfig) -> Engine:
+    """Builds an engine; blocks until every step is compiled.
+
+    Raises:
+        ConfigError: the configuration or the model cannot be run.
+        CheckpointError: there is no such model, or it is incomplete or damaged.
+    """
+    started = time.monotonic()
+    checkpoint = _open(config)
+    runner = ModelRunner(config, checkpoint)
+    limits = runner.limits
+    tokens = limits.num_pages * limits.page_size
+    _log.info(
+        "%s on %s (%s), %s, weights %.2f GiB",
+        config.model,
+        runner.device_kind,
+        runner.platform,
+        runner.dtype.name,
+        runner.weight_bytes / 2**30,
+    )
+    _log.info(
+        "KV pool: %d pages of %d tokens = %d tokens, %.1f sequences of the full %d",
+        limits.num_pages,
+        limits.page_size,
+        tokens,
+        tokens / limits.max_model_len,
+        limits.max_model_len,
+    )
+    engine = Engine(
+        runner,
+        load_tokenizer(checkpoint),
+        vocab_size=runner.model_config.vocab_size,
+        eos_token_ids=checkpoint.eos_token_ids,
+        config=config,
+    )
+    count_compilations(engine.metrics.add_compilation)
+    # What has been made by now lives as long as the process; without this, each full collection walks all of it.
+    gc.collect()
+    gc.freeze()
+    _log.info("engine ready in %.1f s", time.monotonic() - started)
+    return engine
+
+
+def _open(config: EngineConfig) -> Checkpoint:
+    if config.model not in NAMED_SHAPES:
+        return open_checkpoint(config.model, tokenizer=config.tokenizer, weights=config.load_format != "dummy")
+    if config.load_format != "dummy":
+        raise ConfigError(f"{config.model} is a shape without weights; run it with load_format=dummy")
+    shape = NAMED_SHAPES[config.model]
+    path = Path(config.model)
+    return Checkpoint(path, "safetensors", shape, {}, {}, TokenizerFiles(path, None, {}))

@@ -1,0 +1,104 @@
+"""The step: one pure function from weights, cache and batch to new cache and sampled tokens.
+
+model_runner.py compiles it once per bucket, with the cache donated. Nothing here waits or reads back.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jax_engine.batch import FLOAT_FIELDS, INT_FIELDS, Adjustments, BatchLayout
+from jax_engine.features import Feature
+from jax_engine.kv_cache import KVCache
+from jax_engine.sampler import SamplerOutput, SamplingInputs, prompt_logprobs, sample
+from pallas_kernels.ragged_paged_attention import api as attention_op
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StepOutput:
+    """What a step gives back besides the cache.
+
+    Attributes:
+        sampled: a token per row, with its log-probabilities where anybody asked for them.
+        prompt_logprobs: (logprob [T], rank [T], top ids [T, 20], top log-probabilities [T, 20]) of the prompt targets.
+    """
+
+    sampled: SamplerOutput
+    prompt_logprobs: tuple[Array, Array, Array, Array]
+
+
+def step(
+    graph: nnx.GraphDef,
+    layout: BatchLayout,
+    page_size: int,
+    weights: Any,
+    cache: KVCache,
+    packed: Int[Array, " size"],
+    adjustments: Adjustments,
+    prompt_targets: Int[Array, " T"],
+) -> tuple[KVCache, StepOutput]:
+    """Computes the batch's tokens and samples one token per row.
+
+    Args:
+        graph: the model without its weights. layout: of `packed`. page_size: tokens in a page. All static.
+        weights: the model's weights as plain dicts.
+        cache: donated; comes back updated.
+        packed: see BatchLayout. adjustments, prompt_targets: see Batch.
+    """
+    model = nnx.merge(graph, weights)
+    parts = layout.unpack(packed)
+    num_single, features = parts["scalars"]
+    query_starts = parts["query_starts"]
+    lengths = parts["starts"] + query_starts[1:] - query_starts[:-1]
+    plan = attention_op.plan(
+        attention_op.Ragged(parts["page_table"], lengths, query_starts, num_single),
+        num_tokens=layout.bucket.num_tokens,
+        num_pages=cache.token_ids.size // page_size,
+        page_size=page_size,
+        decode_only=layout.bucket.decode_only,
+    )
+    ids = parts["token_ids"]
+    ids = jnp.where(ids >= 0, ids, cache.last_tokens[jnp.maximum(-1 - ids, 0)])
+    places = jnp.where(plan.slots >= 0, plan.slots, cache.token_ids.size)  # past the end: dropped
+    token_ids = cache.token_ids.at[places].set(ids, mode="drop")
+    hidden, pool = model(ids, plan.positions, cache.pool, plan)
+
+    last = jnp.maximum(query_starts[1:] - 1, 0)
+    history = parts["page_table"][:, :, None] * page_size + jnp.arange(page_size)
+    history = token_ids[history.reshape(history.shape[0], -1)]
+    sampled = sample(model.logits(hidden[last]), _sampling_inputs(parts, lengths, history, adjustments, features))
+    prompt = prompt_logprobs(hidden, model.logits, prompt_targets, (features & Feature.PROMPT_LOGPROBS) != 0)
+    last_tokens = cache.last_tokens.at[parts["slots"]].set(sampled.tokens)
+    return KVCache(pool, token_ids, last_tokens), StepOutput(sampled, prompt)
+
+
+def _sampling_inputs(
+    parts: dict[str, Array],
+    lengths: Int[Array, " B"],
+    history: Int[Array, "B S"],
+    adjustments: Adjustments,
+    features: Array,
+) -> SamplingInputs:
+    settings = parts["settings"]
+    ints = dict(zip(INT_FIELDS, settings, strict=False))
+    bits = settings[len(INT_FIELDS) :]
+    floats: dict[str, Float[Array, " B"]] = dict(
+        zip(FLOAT_FIELDS, jax.lax.bitcast_convert_type(bits, jnp.float32), strict=True)
+    )
+    seed = jnp.stack([ints.pop("seed_high"), ints.pop("seed_low")], axis=-1)
+    return SamplingInputs(
+        **floats,
+        **ints,
+        seed=jax.lax.bitcast_convert_type(seed, jnp.uint32),
+        position=lengths,
+        history=history,
+        adjust_ids=adjustments.ids,
+        adjust_values=adjustments.values,
+        adjust_until=adjustments.until,
+        features=features,
+    )

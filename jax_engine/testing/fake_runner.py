@@ -1,0 +1,80 @@
+"""FakeRunner: a device side whose answers can be computed by hand.
+
+It keeps the tokens that steps "compute" at their places in the page pool and derives each new token from the whole
+history as the page table shows it. So a page that is lost, shared by mistake or given away too early changes tokens.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jax_engine.batch import Batch, BatchLayout, StepResult
+from jax_engine.config import Limits
+
+#: What stands in a place of the pool that nothing was written to.
+_UNWRITTEN = -(10**9)
+
+
+def next_token(history: Sequence[int] | np.ndarray, vocab_size: int) -> int:
+    """The token that follows a history."""
+    weights = np.arange(1, len(history) + 1, dtype=np.int64)
+    return int((np.asarray(history, np.int64) * weights % 9973).sum() * 31 + len(history)) % vocab_size
+
+
+class FakeHandle:
+    """A step that is ready at once, or after `result` was asked for, as the runner was told."""
+
+    def __init__(self, tokens: list[int], ready: bool):
+        self._tokens = tokens
+        self._ready = ready
+
+    def is_ready(self) -> bool:
+        """Whether the step counts as finished before anybody waits for it."""
+        return self._ready
+
+    def result(self) -> StepResult:
+        """The step's tokens."""
+        return StepResult(self._tokens)
+
+
+class FakeRunner:
+    """Runs batches on numpy arrays.
+
+    Args:
+        limits: as for a real runner.
+        vocab_size: tokens are below it.
+        check: derive tokens from the whole history (slow, exact) or return token 1 for every row (fast).
+    """
+
+    def __init__(self, limits: Limits, vocab_size: int = 256, check: bool = True):
+        self.limits = limits
+        self.vocab_size = vocab_size
+        self._check = check
+        self._pool = np.full(limits.num_pages * limits.page_size, _UNWRITTEN, np.int64)
+        self._last_tokens = np.full(limits.max_num_seqs + 1, _UNWRITTEN, np.int64)
+
+    def dispatch(self, batch: Batch) -> FakeHandle:
+        """Computes a step."""
+        bucket = batch.bucket
+        if not self._check:
+            return FakeHandle([1] * bucket.num_seqs, ready=False)
+        parts = BatchLayout(bucket, self.limits.max_pages_per_seq).unpack(batch.packed)
+        tokens = [_UNWRITTEN] * bucket.num_seqs
+        for row, slot in enumerate(parts["slots"]):
+            first, last = parts["query_starts"][row : row + 2]
+            if slot == self.limits.max_num_seqs:
+                assert first == last, "a padding row has tokens"
+                continue
+            ids = parts["token_ids"][first:last].astype(np.int64)
+            ids = np.where(ids >= 0, ids, self._last_tokens[np.maximum(-1 - ids, 0)])
+            assert (ids >= 0).all(), "a token was read before it was sampled"
+            start = int(parts["starts"][row])
+            positions = np.arange(start + len(ids))
+            size = self.limits.page_size
+            places = parts["page_table"][row][positions // size] * size + positions % size
+            self._pool[places[start:]] = ids
+            history = self._pool[places]
+            assert (history >= 0).all(), "attention would read a place that was never written"
+            tokens[row] = next_token(history, self.vocab_size)
+        self._last_tokens[parts["slots"]] = tokens
+        return FakeHandle(tokens, ready=False)
