@@ -1,0 +1,96 @@
+"""Server-sent events: one response whose events are JSON, with keep-alive comments while nothing comes.
+
+Called by the generation routes. Knows framing and failure, nothing of what the events say. A slow reader holds up only
+its own stream: each write waits for room in the socket's buffer.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from serving.errors import to_api_error
+
+_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+_KEEP_ALIVE = b": keep-alive\n\n"
+_DONE = b"data: [DONE]\n\n"
+_encoder = msgspec.json.Encoder()
+
+#: Events that are sent together, in one write.
+Events = list[dict[str, Any]]
+
+
+async def stream_events(
+    request: web.Request, events: AsyncGenerator[Events, None], keep_alive_s: float
+) -> web.StreamResponse:
+    """Sends events until they end, then `[DONE]`. Closes `events` in any case.
+
+    Raises:
+        Exception: what `events` raised before the first one, while an answer with a status is still possible. Later
+            failures become an event with an OpenAI error body.
+    """
+    stream = _EventStream(request)
+    keep_alive = asyncio.create_task(_keep_alive(stream, keep_alive_s))
+    try:
+        async with contextlib.aclosing(events):
+            await _send_all(stream, events)
+    except ConnectionError:
+        pass  # the client went away; the engine's requests have been closed
+    finally:
+        keep_alive.cancel()
+        await asyncio.gather(keep_alive, return_exceptions=True)
+    return stream.response
+
+
+async def _send_all(stream: "_EventStream", events: AsyncGenerator[Events, None]) -> None:
+    try:
+        async for group in events:
+            if group:
+                await stream.write(b"".join([b"data: %b\n\n" % _encoder.encode(event) for event in group]))
+    except ConnectionError:
+        raise
+    except Exception as error:
+        if not stream.opened:
+            raise
+        await stream.write(b"data: %b\n\n" % _encoder.encode(to_api_error(error).body()))
+    await stream.write(_DONE)
+    await stream.response.write_eof()
+
+
+async def _keep_alive(stream: "_EventStream", interval_s: float) -> None:
+    """Sends a comment whenever the stream has been silent for `interval_s`."""
+    loop = asyncio.get_running_loop()
+    while True:
+        silent_s = loop.time() - stream.last_write
+        if silent_s >= interval_s:
+            await stream.write(_KEEP_ALIVE)
+            silent_s = 0.0
+        await asyncio.sleep(interval_s - silent_s)
+
+
+class _EventStream:
+    """The response, opened by its first write."""
+
+    def __init__(self, request: web.Request):
+        self.response = web.StreamResponse(headers=_HEADERS)
+        self.last_write = asyncio.get_running_loop().time()
+        self.opened = False
+        self._request = request
+        self._opening = asyncio.Lock()
+
+    async def write(self, data: bytes) -> None:
+        """Sends whole events; waits while the socket's buffer is full.
+
+        Raises:
+            ConnectionError: the client is gone.
+        """
+        if not self.opened:
+            async with self._opening:
+                if not self.opened:
+                    await self.response.prepare(self._request)
+                    self.opened = True
+        self.last_write = asyncio.get_running_loop().time()
+        await self.response.write(data)
