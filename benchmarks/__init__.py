@@ -1,0 +1,1 @@
+"""Benchmarks: programs that measure the engine and write what they measured to benchmarks/results/."""

@@ -1,0 +1,152 @@
+"""Host cost of one turn of the engine's loop without a device: schedule, build the batch, commit.
+
+    python -m benchmarks.scheduler_host --out=FILE.json
+
+The real engine, scheduler and batch builder run at full speed against a device that answers at once. `steady`: every
+sequence decodes and none ends. `churn`: sequences end after `--output` tokens, at staggered times, and a new one takes
+the place of each, so that joining, paging and leaving are part of the cost. `commit` includes making the outputs, but
+no text: there is no tokenizer.
+"""
+
+import dataclasses
+import gc
+import itertools
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from benchmarks import program, report
+from jax_engine.config import EngineConfig, Limits, ModelConfig, resolve
+from jax_engine.engine import Engine
+from jax_engine.metrics import PHASES
+from jax_engine.sampling_params import RequestOutputKind, SamplingParams
+from jax_engine.testing.fake_runner import FakeRunner
+
+WARMUP_STEPS = 20
+MAX_NUM_BATCHED_TOKENS = 8192
+US = 1e6
+#: Only its number of positions has a part in scheduling.
+MODEL = ModelConfig(
+    architecture="none",
+    vocab_size=2,
+    hidden_size=1,
+    intermediate_size=1,
+    num_hidden_layers=1,
+    num_attention_heads=1,
+    num_key_value_heads=1,
+    head_dim=1,
+    max_position_embeddings=2**20,
+)
+
+
+def flag_set() -> flags.FlagValues:
+    """The program's flags."""
+    flag_values = flags.FlagValues()
+    here = {"flag_values": flag_values, "module_name": "Benchmark"}
+    flags.DEFINE_list("running", ["16", "64", "256", "1024"], "Numbers of running sequences.", **here)
+    flags.DEFINE_integer("steps", 500, "Timed steps of each case.", lower_bound=10, **here)
+    flags.DEFINE_integer("prompt", 128, "Prompt tokens of each sequence.", lower_bound=1, **here)
+    flags.DEFINE_integer("output", 256, "Output tokens of each sequence under churn.", lower_bound=2, **here)
+    flags.DEFINE_integer("max_inflight_steps", 2, "Steps in flight.", lower_bound=1, **here)
+    kinds = [kind.name.lower() for kind in RequestOutputKind]
+    flags.DEFINE_enum("output_kind", "delta", kinds, "delta: as for streams. final_only: as LLM.generate.", **here)
+    flags.DEFINE_string("out", None, "Results file to write (JSON).", **here)
+    return flag_values
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What all cases have in common; see flag_set."""
+
+    steps: int
+    prompt: int
+    output: int
+    max_inflight_steps: int
+    output_kind: str
+
+
+def make_limits(num_running: int, max_model_len: int, max_inflight_steps: int) -> Limits:
+    """Limits under which the sequences all fit at full length, so that none is preempted."""
+    config = EngineConfig(
+        max_model_len=max_model_len,
+        max_num_seqs=num_running,
+        max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
+        max_inflight_steps=max_inflight_steps,
+    )
+    num_pages = (num_running + 1) * (max_model_len // config.page_size + 2)
+    return resolve(config, MODEL, platform="gpu", num_pages=num_pages)
+
+
+class Load:
+    """An engine on a fake device, kept at `num_running` requests.
+
+    Args:
+        first_outputs: output lengths of the first requests; all others have `output`.
+    """
+
+    def __init__(self, limits: Limits, settings: Settings, num_running: int, output: int, first_outputs: Sequence[int]):
+        runner = FakeRunner(limits, check=False)
+        self.engine = Engine(runner, None, vocab_size=runner.vocab_size, eos_token_ids=(), config=EngineConfig())
+        self.num_running = num_running
+        self.prompt = (1,) * settings.prompt
+        self.output_kind = RequestOutputKind[settings.output_kind.upper()]
+        self.outputs = itertools.chain(first_outputs, itertools.repeat(output))
+        self.numbers = itertools.count()
+
+    def step(self) -> dict[str, float]:
+        """Tops up the requests and runs one turn. Microseconds of the turn's phases and of all of it."""
+        while self.engine.num_requests < self.num_running:
+            params = SamplingParams(
+                temperature=0.0, max_tokens=next(self.outputs), ignore_eos=True, output_kind=self.output_kind
+            )
+            self.engine.submit(self.engine.make_request(str(next(self.numbers)), self.prompt, params))
+        self.engine.metrics.reset()
+        start = time.perf_counter()
+        self.engine.step()
+        total = time.perf_counter() - start
+        phases = self.engine.metrics.host_seconds
+        return {phase: phases[phase] * US for phase in PHASES} | {"total": total * US}
+
+
+def measure(settings: Settings, num_running: int, churn: bool) -> dict[str, Any]:
+    """Microseconds per turn of each phase and of all of it, as percentiles."""
+    prefill_steps = num_running * settings.prompt // MAX_NUM_BATCHED_TOKENS
+    output = settings.output if churn else settings.steps + prefill_steps + 2 * WARMUP_STEPS
+    staggered = [1 + index * output // num_running for index in range(num_running)] if churn else []
+    limits = make_limits(num_running, settings.prompt + output, settings.max_inflight_steps)
+    load = Load(limits, settings, num_running, output, staggered)
+    for _ in range(prefill_steps + WARMUP_STEPS):
+        load.step()
+    gc.collect()
+    samples = [load.step() for _ in range(settings.steps)]
+    return {name: report.percentiles(sample[name] for sample in samples) for name in samples[0]}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the benchmark; argv[0] is the program's name. Returns the exit status.
+
+    Raises:
+        UsageError: the command line is wrong.
+    """
+    flag_values = flag_set()
+    if not program.parse(flag_values, "benchmarks.scheduler_host", __doc__, argv[1:]):
+        return 0
+    settings = Settings(**{field.name: flag_values[field.name].value for field in dataclasses.fields(Settings)})
+    results: dict[str, dict[str, Any]] = {"steady": {}, "churn": {}}
+    rows = [["host time per turn, us (p50)", *PHASES, "total", "total p99"]]
+    for kind, cases in results.items():
+        for num_running in map(int, flag_values["running"].value):
+            case = cases[str(num_running)] = measure(settings, num_running, kind == "churn")
+            medians = [f"{case[name]['p50']:.0f}" for name in (*PHASES, "total")]
+            rows.append([f"{kind}, {num_running} running", *medians, f"{case['total']['p99']:.0f}"])
+    print(report.table(rows))
+    if flag_values["out"].value:
+        fields = {"settings": dataclasses.asdict(settings), "us_per_turn": results}
+        report.write(flag_values["out"].value, report.document("benchmarks.scheduler_host", argv, **fields))
+    return 0
+
+
+if __name__ == "__main__":
+    program.run(main)
