@@ -1,0 +1,151 @@
+"""The benchmark programs end to end, on an engine whose device is a fake, and their arithmetic on made-up figures."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import hf_static, offline, scheduler_host, workload
+from jax_engine import ConfigError, EngineConfig, SamplingParams
+from jax_engine.config import ModelConfig, resolve
+from jax_engine.engine import Engine
+from jax_engine.request import CompletionOutput, RequestMetrics, RequestOutput
+from jax_engine.testing.fake_runner import FakeRunner
+from serving.flags import UsageError
+
+MODEL = ModelConfig(
+    architecture="none",
+    vocab_size=50,
+    hidden_size=1,
+    intermediate_size=1,
+    num_hidden_layers=1,
+    num_attention_heads=1,
+    num_key_value_heads=1,
+    head_dim=1,
+    max_position_embeddings=256,
+)
+
+
+class FakeLLM:
+    """LLM's face over the real engine and a fake device."""
+
+    lost_tokens = 0
+
+    def __init__(self, **options) -> None:
+        config = EngineConfig(**options)
+        runner = FakeRunner(resolve(config, MODEL, platform="cpu", num_pages=64), MODEL.vocab_size)
+        self._engine = Engine(runner, None, vocab_size=MODEL.vocab_size, eos_token_ids=(), config=config)
+        self.metrics = self._engine.metrics
+        self.limits, self.vocab_size = self._engine.limits, self._engine.vocab_size
+
+    def generate(self, prompts: list[list[int]], params: list[SamplingParams], use_tqdm: bool) -> list[RequestOutput]:
+        for index, (prompt, own) in enumerate(zip(prompts, params, strict=True)):
+            self._engine.submit(self._engine.make_request(str(index), prompt, own))
+        outputs = {}
+        while self._engine.has_work:
+            outputs |= {output.request_id: output for output in self._engine.step()}
+        for output in outputs.values():
+            del output.outputs[0].token_ids[: self.lost_tokens]
+        return [outputs[str(index)] for index in range(len(prompts))]
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A small workload's path; offline runs it on the fake."""
+    monkeypatch.setattr(offline, "LLM", FakeLLM)
+    path = tmp_path / "small.json"
+    requests = [[5, 3], [9, 20], [40, 1]]
+    totals = {"total_prompt": 54, "total_output": 24}
+    path.write_text(json.dumps({"name": "small", "about": "three", "requests": requests, **totals}))
+    return str(path)
+
+
+def test_offline_compares_modes(small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.json"
+    argv = ["x", f"--workload={small}", "--compare=static,sync,async", "--repeat=2", "--max_num_seqs=2", f"--out={out}"]
+    assert offline.main(argv) == 0
+    printed = capsys.readouterr().out
+    assert "output tok/s" in printed and "async over static" in printed
+    results = json.loads(out.read_text())
+    assert {mode: len(runs) for mode, runs in results["runs"].items()} == {"static": 2, "sync": 2, "async": 2}
+    assert [limits["scheduling"] for limits in results["limits"].values()] == ["static", "sync", "async"]
+    assert results["config"] == {"model": EngineConfig.model, "max_num_seqs": 2}
+    run = results["runs"]["async"][0]
+    assert run["engine"]["tokens_by_kind"] == {"prompt": 54, "decode": 21}
+    assert run["compiles_after_ready"] == 0
+    assert run["output_tok_per_s"] == pytest.approx(24 / run["wall_s"])
+    assert results["device"]["platform"] and results["workload"]["requests"] == 3
+
+
+def test_offline_starts_afresh_at_every_call(small: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert offline.main(["x", f"--workload={small}", "--repeat=2"]) == 0
+    assert "round 2 of 2" in capsys.readouterr().out
+    assert offline.main(["x", f"--workload={small}"]) == 0
+    assert "round 1 of 1" in capsys.readouterr().out
+
+
+def test_offline_refuses_short_outputs(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeLLM, "lost_tokens", 1)
+    with pytest.raises(RuntimeError, match="instead of"):
+        offline.main(["x", f"--workload={small}"])
+
+
+def test_offline_refuses_unlike_pools(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = iter((32, 16))
+
+    def build(**options) -> FakeLLM:
+        return FakeLLM(**options, num_pages=next(sizes))
+
+    monkeypatch.setattr(offline, "LLM", build)
+    with pytest.raises(ConfigError, match="num_pages"):
+        offline.main(["x", f"--workload={small}", "--compare=sync,async"])
+
+
+def test_latencies_of_a_request() -> None:
+    work = workload.Workload("w", "", ((2, 5),))
+    metrics = RequestMetrics(10.0, first_token_time=10.5, last_token_time=10.9, finished_time=11.0)
+    outputs = [CompletionOutput(0, "", [1] * 5)]
+    figures = offline.figures(work, [RequestOutput("0", None, [1, 2], outputs, True, metrics)], wall=2.0)
+    assert figures["output_tok_per_s"] == 2.5
+    assert figures["total_tok_per_s"] == 3.5
+    assert figures["ttft_ms"]["p50"] == pytest.approx(500)
+    assert figures["inter_token_ms"]["p50"] == pytest.approx(100)
+    assert figures["latency_ms"]["p50"] == pytest.approx(1000)
+
+
+def test_ratios_pair_the_rounds() -> None:
+    base = [{"output_tok_per_s": speed} for speed in (100.0, 200.0, 50.0)]
+    other = [{"output_tok_per_s": speed} for speed in (150.0, 200.0, 100.0)]
+    assert offline.ratios({"sync": base, "async": other}) == {"async": {"median": 1.5, "min": 1.0, "max": 2.0}}
+
+
+def test_scheduler_host_measures_every_case(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    argv = ["x", "--running=2,5", "--steps=10", "--prompt=20", "--output=8", f"--out={out}"]
+    assert scheduler_host.main(argv) == 0
+    results = json.loads(out.read_text())["us_per_turn"]
+    assert {kind: list(cases) for kind, cases in results.items()} == {"steady": ["2", "5"], "churn": ["2", "5"]}
+    assert results["steady"]["5"]["total"]["p50"] > 0
+
+
+def test_steady_load_only_decodes() -> None:
+    settings = scheduler_host.Settings(steps=10, prompt=20, output=8, max_inflight_steps=2, output_kind="delta")
+    load = scheduler_host.Load(scheduler_host.make_limits(3, 100, 2), settings, 3, 60, [])
+    for _ in range(5):
+        load.step()
+    load.step()
+    assert load.engine.metrics.snapshot()["tokens_by_kind"] == {"prompt": 0, "decode": 3}
+
+
+def test_static_batch_needs_one_length() -> None:
+    assert hf_static.uniform_lengths(workload.load("cpu8")) == (64, 64)
+    with pytest.raises(ConfigError, match="different lengths"):
+        hf_static.uniform_lengths(workload.load("skewed"))
+
+
+@pytest.mark.parametrize("main", [offline.main, scheduler_host.main, hf_static.main])
+def test_help_and_unknown_flags(main, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["x", "--help"]) == 0
+    assert "--out" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="unknown flag --nonsense"):
+        main(["x", "--nonsense=1"])
