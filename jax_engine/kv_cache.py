@@ -1,5 +1,6 @@
 """KVCache: the arrays behind the page pool, on device. The pool of pages says who owns what; this only holds it."""
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -27,11 +28,9 @@ class KVCache:
     last_tokens: Int[Array, " seqs"]
 
 
-def cache_shapes(model: ModelConfig, limits: Limits, dtype: jnp.dtype) -> KVCache:
-    """The cache's arrays as jax.ShapeDtypeStructs."""
-    pool = attention_op.pool_shape(
-        model.num_hidden_layers, limits.num_pages, limits.page_size, model.num_key_value_heads, model.head_dim
-    )
+def cache_shapes(model: ModelConfig, limits: Limits, dtype: jnp.dtype, device: attention_op.Device) -> KVCache:
+    """The cache's arrays on such a device, as jax.ShapeDtypeStructs."""
+    pool = _pool_shape(model, limits.num_pages, limits.page_size, device)
     empty = {
         "pool": (pool, dtype),
         "token_ids": ((limits.num_pages * limits.page_size,), jnp.int32),
@@ -40,7 +39,12 @@ def cache_shapes(model: ModelConfig, limits: Limits, dtype: jnp.dtype) -> KVCach
     return jax.eval_shape(lambda: KVCache(**{name: jnp.zeros(*array) for name, array in empty.items()}))
 
 
-def page_bytes(model: ModelConfig, page_size: int, dtype: jnp.dtype) -> int:
-    """Bytes of one page over all layers."""
-    per_token = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * jnp.dtype(dtype).itemsize
-    return page_size * (per_token + 4)
+def page_bytes(model: ModelConfig, page_size: int, dtype: jnp.dtype, device: attention_op.Device) -> int:
+    """Bytes of one page over all layers, on such a device."""
+    pool = math.prod(_pool_shape(model, 1, page_size, device)) * jnp.dtype(dtype).itemsize
+    return pool + page_size * jnp.dtype(jnp.int32).itemsize
+
+
+def _pool_shape(model: ModelConfig, num_pages: int, page_size: int, device: attention_op.Device) -> tuple[int, ...]:
+    heads, head_dim = model.num_key_value_heads, model.head_dim
+    return attention_op.pool_shape(model.num_hidden_layers, num_pages, page_size, heads, head_dim, device=device)

@@ -15,21 +15,18 @@ import jax
 import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from tqdm import tqdm
 
 from checkpoints.formats import Checkpoint
 from checkpoints.known_models import default_cache_dir
 from checkpoints.loader import dummy, load
-from checkpoints.weight_map import Wanted
-from jax_engine.batch import Adjustments, Batch, BatchLayout, Bucket, StepResult, buckets, no_adjustments
+from jax_engine.batch import Batch, BatchLayout, Bucket, StepResult, buckets, no_adjustments
 from jax_engine.config import EngineConfig, Limits, ModelConfig, resolve
 from jax_engine.errors import ConfigError
 from jax_engine.features import Feature
-from jax_engine.kv_cache import KVCache, cache_shapes, page_bytes
-from jax_engine.models import model_class
-from jax_engine.sharding import make_mesh, replicated, sharding_of
-from jax_engine.step import StepOutput, step
+from jax_engine.kv_cache import KVCache
+from jax_engine.program import ModelProgram, nested
+from jax_engine.step import StepOutput
 
 _log = logging.getLogger(__name__)
 
@@ -76,22 +73,19 @@ class ModelRunner:
         device = jax.devices()[0]
         self.platform = device.platform
         self.device_kind = device.device_kind
-        self.dtype = jnp.dtype(_dtype(config.dtype, self.platform))
-        mesh = make_mesh([device])
-        self._replicated = replicated(mesh)
-        model = model_class(self.model_config)
-        abstract = nnx.eval_shape(lambda: model(self.model_config, self.dtype, self.platform != "cpu"))
-        self._graph, state = nnx.split(abstract)
-        wanted = _wanted(state, model.weight_map(self.model_config), mesh)
+        self._program = ModelProgram(self.model_config, config.dtype, [device])
+        self.dtype = self._program.dtype
+        self._replicated = self._program.replicated
+        wanted = self._program.wanted
         # A configuration that cannot work is told before weights are read.
         resolve(config, self.model_config, platform=self.platform, num_pages=config.num_pages or 1)
         arrays = (
             dummy(wanted, config.seed)
             if config.load_format == "dummy"
-            else load(checkpoint, wanted, ignore=model.IGNORED_TENSORS)
+            else load(checkpoint, wanted, ignore=self._program.ignored_tensors)
         )
         self.weight_bytes = sum(array.nbytes for array in arrays.values())
-        self.weights = _nested(arrays)
+        self.weights = nested(arrays)
         num_pages = config.num_pages or self._num_pages_that_fit(config, device)
         self.limits = resolve(config, self.model_config, platform=self.platform, num_pages=num_pages)
         self._check_pool()
@@ -123,7 +117,7 @@ class ModelRunner:
         return jax.device_put(arrays, self._replicated)
 
     def _empty_cache(self) -> KVCache:
-        shapes = cache_shapes(self.model_config, self.limits, self.dtype)
+        shapes = self._program.cache_shapes(self.limits)
         make = functools.partial(jax.tree.map, lambda shape: jnp.zeros(shape.shape, shape.dtype))
         return jax.jit(lambda: make(shapes), out_shardings=self._replicated)()
 
@@ -138,7 +132,7 @@ class ModelRunner:
             stats = device.memory_stats() or {}
             usable = int(stats.get("bytes_limit", 0) * config.gpu_memory_utilization)
             free = usable - stats.get("bytes_in_use", 0) - self._activation_bytes(limits)
-        size = page_bytes(self.model_config, limits.page_size, self.dtype)
+        size = self._program.page_bytes(limits.page_size)
         if free < size:
             raise ConfigError(
                 f"no memory is left for the KV pool: a page takes {size} bytes, {free} are free; "
@@ -171,21 +165,7 @@ class ModelRunner:
         return steps
 
     def _compile_bucket(self, bucket: Bucket, limits: Limits) -> tuple[BatchLayout, jax.stages.Compiled]:
-        layout = BatchLayout(bucket, limits.max_pages_per_seq)
-        function = jax.jit(functools.partial(step, self._graph, layout, limits.page_size), donate_argnums=1)
-
-        def on_device(array) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self._replicated)
-
-        # Who asks for float32 means it: accelerators would else multiply in a shorter format.
-        with jax.default_matmul_precision("highest" if self.dtype == jnp.float32 else "default"):
-            lowered = function.lower(
-                self.weights,
-                jax.tree.map(on_device, cache_shapes(self.model_config, limits, self.dtype)),
-                jax.ShapeDtypeStruct((layout.size,), jnp.int32, sharding=self._replicated),
-                Adjustments(*map(on_device, no_adjustments(bucket.num_seqs))),
-                jax.ShapeDtypeStruct((bucket.num_tokens,), jnp.int32, sharding=self._replicated),
-            )
+        layout, lowered = self._program.lower(bucket, limits)
         return layout, lowered.compile()
 
 
@@ -203,36 +183,3 @@ def _use_compilation_cache(folder: str) -> None:
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def _dtype(name: str, platform: str) -> str:
-    if name == "auto":
-        return "float32" if platform == "cpu" else "bfloat16"
-    return name
-
-
-def _wanted(state: nnx.State, sources: dict, mesh: jax.sharding.Mesh) -> dict[str, Wanted]:
-    wanted = {}
-    for path, variable in nnx.to_flat_state(state):
-        metadata = variable.get_metadata()
-        name = ".".join(map(str, path))
-        wanted[name] = Wanted(
-            shape=variable.shape,
-            dtype=variable.dtype,
-            sharding=sharding_of(metadata["axes"], mesh),
-            source=sources[name],
-            init=metadata["init"],
-        )
-    return wanted
-
-
-def _nested(arrays: dict[str, jax.Array]) -> dict:
-    """Dotted paths -> nested dicts, list positions as int keys, as nnx.merge takes them."""
-    tree: dict = {}
-    for path, array in arrays.items():
-        *parents, leaf = (int(part) if part.isdecimal() else part for part in path.split("."))
-        node = tree
-        for part in parents:
-            node = node.setdefault(part, {})
-        node[leaf] = array
-    return tree

@@ -36,6 +36,7 @@ def step(
     graph: nnx.GraphDef,
     layout: BatchLayout,
     page_size: int,
+    device: attention_op.Device,
     weights: Any,
     cache: KVCache,
     packed: Int[Array, " size"],
@@ -45,7 +46,8 @@ def step(
     """Computes the batch's tokens and samples one token per row.
 
     Args:
-        graph: the model without its weights. layout: of `packed`. page_size: tokens in a page. All static.
+        graph: the model without its weights. layout: of `packed`. page_size: tokens in a page.
+        device: what the program is for. All of these are static.
         weights: the model's weights as plain dicts.
         cache: donated; comes back updated.
         packed: see BatchLayout. adjustments, prompt_targets: see Batch.
@@ -61,6 +63,7 @@ def step(
         num_pages=cache.token_ids.size // page_size,
         page_size=page_size,
         decode_only=layout.bucket.decode_only,
+        device=device,
     )
     ids = parts["token_ids"]
     ids = jnp.where(ids >= 0, ids, cache.last_tokens[jnp.maximum(-1 - ids, 0)])

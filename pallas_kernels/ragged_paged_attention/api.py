@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.ragged_paged_attention import xla
-from pallas_kernels.ragged_paged_attention.implementation import Implementation, Options
+from pallas_kernels.ragged_paged_attention.implementation import Device, Implementation, Options
 
 _IMPLEMENTATIONS: dict[str, Implementation] = {"xla": xla}
 _PREFERRED = {"cpu": "xla", "gpu": "xla", "tpu": "xla"}
@@ -64,15 +64,38 @@ class Plan:
     implementation: str = field(metadata={"static": True})
 
 
-def pool_shape(num_layers: int, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
-    """Shape of the KV pool. Page p of layer l is index l * num_pages + p of its first axis.
+def _here() -> Device:
+    return Device(jax.default_backend())
+
+
+def _choose(implementation: str, device: Device) -> str:
+    name = _PREFERRED.get(device.platform, "xla") if implementation == "auto" else implementation
+    if name not in _IMPLEMENTATIONS:
+        allowed = ", ".join(("auto", *_IMPLEMENTATIONS))
+        raise ValueError(f"implementation must be one of {allowed}; got {implementation!r}")
+    return name
+
+
+def pool_shape(
+    num_layers: int,
+    num_pages: int,
+    page_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    *,
+    device: Device | None = None,
+    implementation: str = "auto",
+) -> tuple[int, ...]:
+    """Shape of the KV pool. Page p of layer l is index l * num_pages + p of its first axis, kv heads are its second.
 
     Args:
         num_pages: pages per layer. page_size: tokens per page, a power of two.
+        device, implementation: as in `plan`.
     """
     if page_size < 1 or page_size & (page_size - 1):
         raise ValueError(f"page_size must be a power of two, got {page_size}")
-    return xla.pool_shape(num_layers, num_pages, page_size, num_kv_heads, head_dim)
+    owner = _IMPLEMENTATIONS[_choose(implementation, device or _here())]
+    return owner.pool_shape(num_layers, num_pages, page_size, num_kv_heads, head_dim)
 
 
 def plan(
@@ -82,6 +105,7 @@ def plan(
     num_pages: int,
     page_size: int,
     decode_only: bool = False,
+    device: Device | None = None,
     implementation: str = "auto",
 ) -> Plan:
     """Derives what all layers of a step share. Call it once per step, inside jit.
@@ -90,15 +114,14 @@ def plan(
         num_tokens: T, the packed tokens of the step, padding included.
         num_pages: pages per layer. page_size: tokens per page.
         decode_only: the step has no row of more than one token; the program for it has no code for such rows.
-        implementation: `auto` (by platform) or a name.
+        device: which device the program is for; jax's default one when None.
+        implementation: `auto` (by the device's platform) or a name.
 
     Raises:
         ValueError: there is no such implementation.
     """
-    name = _PREFERRED.get(jax.default_backend(), "xla") if implementation == "auto" else implementation
-    if name not in _IMPLEMENTATIONS:
-        allowed = ", ".join(("auto", *_IMPLEMENTATIONS))
-        raise ValueError(f"implementation must be one of {allowed}; got {implementation!r}")
+    device = device or _here()
+    name = _choose(implementation, device)
     starts, lens, table = ragged.query_starts, ragged.kv_lens, ragged.page_table
     token = jnp.arange(num_tokens, dtype=jnp.int32)
     row = jnp.searchsorted(starts[1:], token, side="right").astype(jnp.int32)
@@ -120,6 +143,7 @@ def plan(
             num_pages=num_pages,
             page_size=page_size,
             decode_only=decode_only,
+            device=device,
         ),
         num_pages=num_pages,
         implementation=name,
@@ -133,7 +157,7 @@ def write_kv(
 
     k and v are rounded to the pool's dtype. Padding tokens write nothing.
     """
-    return _IMPLEMENTATIONS[plan.implementation].write_kv(pool, k, v, plan.slots, layer * plan.num_pages)
+    return _IMPLEMENTATIONS[plan.implementation].write_kv(pool, k, v, plan.slots, plan.work, layer * plan.num_pages)
 
 
 def ragged_paged_attention(

@@ -17,6 +17,18 @@ class Options(NamedTuple):
     sinks: jax.Array | None = None
 
 
+class Device(NamedTuple):
+    """The device a program is made for. It need not be here, so nobody asks jax.devices() for it.
+
+    Attributes:
+        platform: `cpu`, `gpu` or `tpu`.
+        kind: jax's name of the device, as `TPU v6 lite`; empty for any of the platform.
+    """
+
+    platform: str
+    kind: str = ""
+
+
 class Implementation(Protocol):
     """The functions of an implementation. Pages are of one layer; `first_page` is where the layer's pages start."""
 
@@ -37,14 +49,21 @@ class Implementation(Protocol):
         num_pages: int,
         page_size: int,
         decode_only: bool = False,
+        device: Device,
     ) -> Any:
-        """What the layers of a step share, as a pytree; the arguments are the parts of api.Ragged and of api.plan."""
+        """What the layers of a step share, as a pytree; the arguments are the parts of api.Ragged and of api.plan.
+
+        Sizes of tiles are chosen for `device`, and for nothing else outside the arguments.
+        """
         ...
 
     def write_kv(
-        self, pool: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array, first_page: jax.Array
+        self, pool: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array, work: Any, first_page: jax.Array
     ) -> jax.Array:
-        """The pool with k and v [T, K, H] written at flat slots [T] of the layer; a negative slot writes nothing."""
+        """The pool with k and v [T, K, H] written at flat slots [T] of the layer; a negative slot writes nothing.
+
+        `work` is the step's work list, which may hold the same in another form.
+        """
         ...
 
     def attend(self, q: jax.Array, pool: jax.Array, work: Any, first_page: jax.Array, options: Options) -> jax.Array:

@@ -79,11 +79,10 @@ def pool_shape(num_layers: int, num_pages: int, page_size: int, num_kv_heads: in
 
 
 def make_work_list(
-    page_table, kv_lens, query_starts, num_decodes, *, num_tokens, num_pages, page_size, decode_only=False, tiles=None
+    page_table, kv_lens, query_starts, num_decodes, *, num_tokens, num_pages, page_size, device, decode_only=False
 ):
     """Cuts a step into groups of decode rows and blocks of query tokens (see WorkList)."""
-    if tiles is None:
-        tiles = CPU_TILES if jax.default_backend() == "cpu" else ACCELERATOR_TILES
+    tiles = CPU_TILES if device.platform == "cpu" else ACCELERATOR_TILES
     batch = kv_lens.shape[0]
     rows = min(batch, num_tokens)
     lens = jnp.where(jnp.arange(rows) < num_decodes, kv_lens[:rows], 0)
@@ -115,11 +114,12 @@ def make_work_list(
     )
 
 
-def write_kv(pool, k, v, slots, first_page):
+def write_kv(pool, k, v, slots, work, first_page):
     """Writes k and v [T, K, H] at flat token slots [T] of the layer whose pages start at `first_page`; negative: none.
 
     One scatter of contiguous rows of H along a single leading axis: that form stays in place on every platform.
     """
+    del work
     _, num_kv_heads, _, page_size, head_dim = pool.shape
     tiles = 2 * num_kv_heads
     page = first_page + slots // page_size

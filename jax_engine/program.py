@@ -1,0 +1,129 @@
+"""ModelProgram: what is compiled of a model, for devices that need not be here and before it has weights.
+
+model_runner.py makes one for its own device, then loads the weights that it names; compile_target.py makes one for a
+device on paper. Both so compile the same steps. It puts nothing on a device.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from checkpoints.weight_map import Wanted
+from jax_engine.batch import Adjustments, BatchLayout, Bucket, no_adjustments
+from jax_engine.config import Limits, ModelConfig
+from jax_engine.kv_cache import KVCache, cache_shapes, page_bytes
+from jax_engine.models import model_class
+from jax_engine.sharding import make_mesh, replicated, sharding_of
+from jax_engine.step import step
+from pallas_kernels.ragged_paged_attention import api as attention_op
+
+
+class ModelProgram:
+    """A model's steps over some devices of one kind.
+
+    Args:
+        dtype: of weights, activations and KV; `auto` for the device's own.
+
+    Attributes:
+        device: what the devices are, as the kernels' packages name it.
+        mesh: the devices. replicated: whole on each of them.
+        wanted: the weights that the steps take, by dotted path.
+        ignored_tensors: patterns of checkpoint tensors that no weight is made of.
+
+    Raises:
+        ConfigError: nobody has written the model's architecture yet.
+    """
+
+    def __init__(self, model_config: ModelConfig, dtype: str, devices: list[Any]):
+        self.model_config = model_config
+        self.device = attention_op.Device(devices[0].platform, devices[0].device_kind)
+        self.dtype = jnp.dtype(_dtype(dtype, self.device.platform))
+        self.mesh = make_mesh(devices)
+        self.replicated = replicated(self.mesh)
+        model = model_class(model_config)
+        abstract = nnx.eval_shape(lambda: model(model_config, self.dtype, self.device.platform != "cpu"))
+        self._graph, state = nnx.split(abstract)
+        self.wanted = _wanted(state, model.weight_map(model_config), self.mesh)
+        self.ignored_tensors = model.IGNORED_TENSORS
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights, over all devices."""
+        return sum(int(np.prod(want.shape)) * jnp.dtype(want.dtype).itemsize for want in self.wanted.values())
+
+    def page_bytes(self, page_size: int) -> int:
+        """Bytes of one page of the KV cache over all layers."""
+        return page_bytes(self.model_config, page_size, self.dtype, self.device)
+
+    def cache_shapes(self, limits: Limits) -> KVCache:
+        """The cache's arrays, with their places, as jax.ShapeDtypeStructs."""
+        return self._placed(cache_shapes(self.model_config, limits, self.dtype, self.device))
+
+    def lower(self, bucket: Bucket, limits: Limits) -> tuple[BatchLayout, jax.stages.Lowered]:
+        """The step of a bucket, ready to be compiled; it takes what step.step takes, from the weights on."""
+        layout = BatchLayout(bucket, limits.max_pages_per_seq)
+        static = functools.partial(step, self._graph, layout, limits.page_size, self.device)
+        # Who asks for float32 means it: accelerators would else multiply in a shorter format.
+        with jax.default_matmul_precision("highest" if self.dtype == jnp.float32 else "default"):
+            lowered = jax.jit(static, donate_argnums=1).lower(
+                nested(self._abstract_weights()),
+                self.cache_shapes(limits),
+                *self._placed(
+                    (
+                        jax.ShapeDtypeStruct((layout.size,), jnp.int32),
+                        Adjustments(*no_adjustments(bucket.num_seqs)),
+                        jax.ShapeDtypeStruct((bucket.num_tokens,), jnp.int32),
+                    )
+                ),
+            )
+        return layout, lowered
+
+    def _abstract_weights(self) -> dict[str, jax.ShapeDtypeStruct]:
+        return {
+            name: jax.ShapeDtypeStruct(want.shape, want.dtype, sharding=want.sharding)
+            for name, want in self.wanted.items()
+        }
+
+    def _placed(self, arrays: Any) -> Any:
+        def place(array: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self.replicated)
+
+        return jax.tree.map(place, arrays)
+
+
+def nested(arrays: dict[str, Any]) -> dict:
+    """Dotted paths -> nested dicts, list positions as int keys, as nnx.merge takes them."""
+    tree: dict = {}
+    for path, array in arrays.items():
+        *parents, leaf = (int(part) if part.isdecimal() else part for part in path.split("."))
+        node = tree
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[leaf] = array
+    return tree
+
+
+def _dtype(name: str, platform: str) -> str:
+    if name == "auto":
+        return "float32" if platform == "cpu" else "bfloat16"
+    return name
+
+
+def _wanted(state: nnx.State, sources: dict, mesh: Mesh) -> dict[str, Wanted]:
+    wanted = {}
+    for path, variable in nnx.to_flat_state(state):
+        metadata = variable.get_metadata()
+        name = ".".join(map(str, path))
+        wanted[name] = Wanted(
+            shape=variable.shape,
+            dtype=variable.dtype,
+            sharding=sharding_of(metadata["axes"], mesh),
+            source=sources[name],
+            init=metadata["init"],
+        )
+    return wanted
