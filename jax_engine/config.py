@@ -1,14 +1,14 @@
-"""EngineConfig: what the operator chooses. ModelConfig: what the checkpoint says. Limits: what follows from both.
+"""EngineConfig: what the operator chooses. Limits: what follows from it and from the model.
 
 Everything is frozen and derived once, at start; nothing is written later. Nothing here touches a device.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from jax_engine.errors import ConfigError
+from jax_engine.model_config import ModelConfig
 
 SCHEDULING_MODES = ("static", "sync", "async")
 SCHEDULING_POLICIES = ("fcfs", "priority")
@@ -94,85 +94,6 @@ class EngineConfig:
     def non_defaults(self) -> dict[str, Any]:
         """The fields whose values differ from their defaults."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """Llama 3's frequency scaling (the `llama3` rope type of Hugging Face configs)."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The shape of a decoder-only transformer, under the names of Hugging Face configs."""
-
-    architecture: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
-    tie_word_embeddings: bool = False
-
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
-        """Reads a Hugging Face config.json, of transformers 4 or 5.
-
-        Raises:
-            ConfigError: fields are missing or of no use; all of them are named.
-        """
-        wanted = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        problems = [
-            f"{name} must be a positive integer, got {config.get(name)!r}"
-            for name in wanted
-            if type(config.get(name)) is not int or not 0 < config[name] < 2**31
-        ]
-        architectures = config.get("architectures") or [None]
-        if not (isinstance(architectures, list) and isinstance(architectures[0], str)):
-            problems.append(f"architectures must name one class, got {architectures!r}")
-        if problems:
-            raise ConfigError("config.json: " + "; ".join(problems))
-        num_heads = config["num_attention_heads"]
-        head_dim = config.get("head_dim") or config["hidden_size"] // num_heads
-        num_kv_heads = config.get("num_key_value_heads") or num_heads
-        if num_heads % num_kv_heads:
-            raise ConfigError(
-                f"config.json: num_attention_heads {num_heads} is no multiple of num_key_value_heads {num_kv_heads}"
-            )
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        return cls(
-            architecture=str(architectures[0]),
-            **{name: config[name] for name in wanted},
-            num_key_value_heads=num_kv_heads,
-            head_dim=head_dim,
-            max_position_embeddings=config.get("max_position_embeddings", 2048),
-            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-            rope_theta=rope.get("rope_theta") or config.get("rope_theta") or 10000.0,
-            rope_scaling=_rope_scaling(rope),
-            tie_word_embeddings=config.get("tie_word_embeddings", False),
-        )
-
-
-def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise ConfigError(f"config.json: rope type {kind!r} is not supported; supported: default, llama3")
-    try:
-        return RopeScaling(**{f.name: rope[f.name] for f in fields(RopeScaling)})
-    except KeyError as missing:
-        raise ConfigError(f"config.json: rope type llama3 needs {missing}") from None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,12 +2,15 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from jax_engine.config import Limits, ModelConfig
+from jax_engine.config import Limits
+from jax_engine.layers.recurrent import RecurrentCache
+from jax_engine.model_config import ModelConfig
 from pallas_kernels.ragged_paged_attention import api as attention_op
 
 
@@ -17,26 +20,32 @@ class KVCache:
     """What the steps keep between them; donated to each step, which returns it updated in place.
 
     Attributes:
-        pool: keys and values of all layers, in the attention op's own layout.
+        pool: keys and values of all layers, in the attention op's own layout; a RecurrentCache with that in it where
+            some layers keep a state per slot instead.
         token_ids: [num_pages * page_size] the token at each place of the pool. The penalties read a sequence's history
             from here, by the same page table, so it is right whatever happens to the sequence's pages.
         last_tokens: [max_num_seqs + 1] the token that each slot sampled last; the last place takes what padding writes.
     """
 
-    pool: Array
+    pool: Any
     token_ids: Int[Array, " slots"]
     last_tokens: Int[Array, " seqs"]
 
 
 def cache_shapes(model: ModelConfig, limits: Limits, dtype: jnp.dtype, device: attention_op.Device) -> KVCache:
     """The cache's arrays on such a device, as jax.ShapeDtypeStructs."""
-    pool = _pool_shape(model, limits.num_pages, limits.page_size, device)
-    empty = {
-        "pool": (pool, dtype),
-        "token_ids": ((limits.num_pages * limits.page_size,), jnp.int32),
-        "last_tokens": ((limits.max_num_seqs + 1,), jnp.int32),
-    }
-    return jax.eval_shape(lambda: KVCache(**{name: jnp.zeros(*array) for name, array in empty.items()}))
+    pages = _pool_shape(model, limits.num_pages, limits.page_size, device)
+    states = _state_shapes(model, limits.max_num_seqs, dtype)
+
+    def make() -> KVCache:
+        pool = jnp.zeros(pages, dtype)
+        return KVCache(
+            pool=RecurrentCache(pool, *(jnp.zeros(*state) for state in states)) if states else pool,
+            token_ids=jnp.zeros(limits.num_pages * limits.page_size, jnp.int32),
+            last_tokens=jnp.zeros(limits.max_num_seqs + 1, jnp.int32),
+        )
+
+    return jax.eval_shape(make)
 
 
 def page_bytes(model: ModelConfig, page_size: int, dtype: jnp.dtype, device: attention_op.Device) -> int:
@@ -46,5 +55,32 @@ def page_bytes(model: ModelConfig, page_size: int, dtype: jnp.dtype, device: att
 
 
 def _pool_shape(model: ModelConfig, num_pages: int, page_size: int, device: attention_op.Device) -> tuple[int, ...]:
-    heads, head_dim = model.num_key_value_heads, model.head_dim
-    return attention_op.pool_shape(model.num_hidden_layers, num_pages, page_size, heads, head_dim, device=device)
+    return attention_op.pool_shape(
+        model.num_hidden_layers - model.num_recurrent_layers,
+        num_pages,
+        page_size,
+        model.num_key_value_heads,
+        model.head_dim,
+        device=device,
+        keys_only=model.mla is not None,
+    )
+
+
+def state_bytes(model: ModelConfig, max_num_seqs: int, dtype: jnp.dtype) -> int:
+    """Bytes that recurrent layers keep for all slots, whatever the number of pages."""
+    states = _state_shapes(model, max_num_seqs, dtype)
+    return sum(math.prod(shape) * kind.itemsize for shape, kind in states)
+
+
+def _state_shapes(model: ModelConfig, max_num_seqs: int, dtype: jnp.dtype) -> list[tuple[tuple[int, ...], jnp.dtype]]:
+    """Shape and dtype of RecurrentCache's inputs and states; empty for a model without recurrent layers."""
+    delta = model.delta
+    if delta is None:
+        return []
+    group = delta.num_value_heads // delta.num_key_heads
+    slots = (model.num_recurrent_layers, max_num_seqs + 1, delta.num_key_heads)
+    channels = 2 * delta.key_dim + group * delta.value_dim
+    return [
+        ((*slots, delta.width - 1, channels), jnp.dtype(dtype)),
+        ((*slots, group, delta.key_dim, delta.value_dim), jnp.dtype(jnp.float32)),
+    ]

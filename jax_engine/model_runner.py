@@ -21,10 +21,11 @@ from checkpoints.formats import Checkpoint
 from checkpoints.known_models import default_cache_dir
 from checkpoints.loader import dummy, load
 from jax_engine.batch import Batch, BatchLayout, Bucket, StepResult, buckets, no_adjustments
-from jax_engine.config import EngineConfig, Limits, ModelConfig, resolve
+from jax_engine.config import EngineConfig, Limits, resolve
 from jax_engine.errors import ConfigError
 from jax_engine.features import Feature
 from jax_engine.kv_cache import KVCache
+from jax_engine.models import read_config
 from jax_engine.program import ModelProgram, nested
 from jax_engine.step import StepOutput
 
@@ -69,16 +70,17 @@ class ModelRunner:
     def __init__(self, config: EngineConfig, checkpoint: Checkpoint):
         if config.compilation_cache_dir != "":
             _use_compilation_cache(config.compilation_cache_dir or str(default_cache_dir() / "compiled"))
-        self.model_config = ModelConfig.from_hf(checkpoint.config)
+        self.model_config = read_config(checkpoint.config)
         device = jax.devices()[0]
         self.platform = device.platform
         self.device_kind = device.device_kind
+        # A configuration that cannot work is told before weights are read.
+        limits = resolve(config, self.model_config, platform=self.platform, num_pages=config.num_pages or 1)
+        self.model_config = self.model_config.served_up_to(limits.max_model_len)
         self._program = ModelProgram(self.model_config, config.dtype, [device])
         self.dtype = self._program.dtype
         self._replicated = self._program.replicated
         wanted = self._program.wanted
-        # A configuration that cannot work is told before weights are read.
-        resolve(config, self.model_config, platform=self.platform, num_pages=config.num_pages or 1)
         arrays = (
             dummy(wanted, config.seed)
             if config.load_format == "dummy"
@@ -132,6 +134,7 @@ class ModelRunner:
             stats = device.memory_stats() or {}
             usable = int(stats.get("bytes_limit", 0) * config.gpu_memory_utilization)
             free = usable - stats.get("bytes_in_use", 0) - self._activation_bytes(limits)
+        free -= self._program.state_bytes(limits)
         size = self._program.page_bytes(limits.page_size)
         if free < size:
             raise ConfigError(

@@ -15,8 +15,9 @@ from jax.sharding import Mesh
 
 from checkpoints.weight_map import Wanted
 from jax_engine.batch import Adjustments, BatchLayout, Bucket, no_adjustments
-from jax_engine.config import Limits, ModelConfig
-from jax_engine.kv_cache import KVCache, cache_shapes, page_bytes
+from jax_engine.config import Limits
+from jax_engine.kv_cache import KVCache, cache_shapes, page_bytes, state_bytes
+from jax_engine.model_config import ModelConfig
 from jax_engine.models import model_class
 from jax_engine.sharding import make_mesh, replicated, sharding_of
 from jax_engine.step import step
@@ -59,6 +60,10 @@ class ModelProgram:
     def page_bytes(self, page_size: int) -> int:
         """Bytes of one page of the KV cache over all layers."""
         return page_bytes(self.model_config, page_size, self.dtype, self.device)
+
+    def state_bytes(self, limits: Limits) -> int:
+        """Bytes of the cache that do not depend on the number of pages."""
+        return state_bytes(self.model_config, limits.max_num_seqs, self.dtype)
 
     def cache_shapes(self, limits: Limits) -> KVCache:
         """The cache's arrays, with their places, as jax.ShapeDtypeStructs."""

@@ -13,10 +13,13 @@ RULES: dict[str | None, str | None] = {
     "embed": None,
     "vocab": TENSOR,
     "kv_heads": TENSOR,
+    "heads": TENSOR,
     "group": None,
     "head_dim": None,
     "mlp": TENSOR,
     "gate_up": None,
+    "expert": None,
+    "expert_mlp": TENSOR,
     None: None,
 }
 

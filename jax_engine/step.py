@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from jax_engine.batch import FLOAT_FIELDS, INT_FIELDS, Adjustments, BatchLayout
 from jax_engine.features import Feature
 from jax_engine.kv_cache import KVCache
+from jax_engine.layers.context import StepContext
 from jax_engine.sampler import SamplerOutput, SamplingInputs, prompt_logprobs, sample
 from pallas_kernels.ragged_paged_attention import api as attention_op
 
@@ -64,12 +65,14 @@ def step(
         page_size=page_size,
         decode_only=layout.bucket.decode_only,
         device=device,
+        keys_only=model.config.mla is not None,
     )
     ids = parts["token_ids"]
     ids = jnp.where(ids >= 0, ids, cache.last_tokens[jnp.maximum(-1 - ids, 0)])
     places = jnp.where(plan.slots >= 0, plan.slots, cache.token_ids.size)  # past the end: dropped
     token_ids = cache.token_ids.at[places].set(ids, mode="drop")
-    hidden, pool = model(ids, plan.positions, cache.pool, plan)
+    context = StepContext(plan, parts["slots"], query_starts, num_single, layout.bucket.decode_only)
+    hidden, pool = model(ids, cache.pool, context)
 
     last = jnp.maximum(query_starts[1:] - 1, 0)
     history = parts["page_table"][:, :, None] * page_size + jnp.arange(page_size)

@@ -59,6 +59,12 @@ class Modes:
         return Engine(self.runner, ByteTokenizer(), vocab_size=320, eos_token_ids=[257], config=self.config)
 
 
+@pytest.fixture(scope="session")
+def make_modes() -> type[Modes]:
+    """Modes for a test that brings a model of its own."""
+    return Modes
+
+
 class GoldenCase(dict):
     """A greedy answer of the default model in another implementation: prompt, tokens, text, log-probabilities."""
 

@@ -1,12 +1,16 @@
 """Grouped-query attention over the paged KV pool."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jax_engine.layers.linear import matmul
+from jax_engine.layers.context import StepContext
+from jax_engine.layers.linear import matmul, small
+from jax_engine.layers.norm import RMSNorm
 from jax_engine.layers.param import declare
 from jax_engine.layers.rope import rotate
+from jax_engine.model_config import LayerConfig, ModelConfig
 from pallas_kernels.ragged_paged_attention import api as attention_op
 
 
@@ -15,30 +19,91 @@ class Attention(nnx.Module):
 
     The fused weight keeps each KV head beside the query heads that use it, so that a split over `kv_heads` leaves
     every device with whole groups.
+
+    Args:
+        qk_norm: queries and keys are normalised before they turn: "head": each head by itself; "all": all heads
+            together; None: they are not. unit_offset: as in RMSNorm, for these norms.
+        sinks: each query head has a logit without a value in its softmax.
+        gated: each query head's result has a factor from the token, for each of its dimensions.
     """
 
-    def __init__(self, embed: int, num_heads: int, num_kv_heads: int, head_dim: int, dtype: jnp.dtype):
-        group = num_heads // num_kv_heads
-        self.qkv = declare(
-            (num_kv_heads, group + 2, head_dim, embed), dtype, ("kv_heads", "group", "head_dim", "embed")
-        )
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: LayerConfig,
+        dtype: jnp.dtype,
+        *,
+        qk_norm: str | None = None,
+        unit_offset: bool = False,
+        sinks: bool = False,
+        gated: bool = False,
+    ):
+        embed, num_kv_heads, head_dim = config.hidden_size, config.num_key_value_heads, config.head_dim
+        group = config.num_attention_heads // num_kv_heads
+        rows = (2 if gated else 1) * group + 2
+        self.qkv = declare((num_kv_heads, rows, head_dim, embed), dtype, ("kv_heads", "group", "head_dim", "embed"))
         self.output = declare((embed, num_kv_heads, group, head_dim), dtype, ("embed", "kv_heads", "group", "head_dim"))
-        self.scale = head_dim**-0.5
+        if config.attention_bias:
+            axes = ("kv_heads", "group", "head_dim")
+            self.qkv_bias = declare((num_kv_heads, rows, head_dim), dtype, axes, init="zeros")
+        if config.output_bias:
+            self.output_bias = declare((embed,), dtype, ("embed",), init="zeros")
+        if qk_norm:
+            heads = (config.num_attention_heads, num_kv_heads) if qk_norm == "all" else (1, 1)
+            sizes = [count * head_dim for count in heads]
+            self.q_norm, self.k_norm = (RMSNorm(n, config.norm_eps, dtype, unit_offset=unit_offset) for n in sizes)
+        if sinks:
+            self.sinks = declare((num_kv_heads * group,), dtype, (None,), init="zeros")
+        self.layer = layer
+        self.gated = gated
+        self.scale = config.query_scale
+        self.soft_cap = config.attention_soft_cap
 
     def __call__(
-        self,
-        x: Float[Array, "T D"],
-        rotation: tuple[Array, Array],
-        pool: Array,
-        plan: attention_op.Plan,
-        layer: Array,
+        self, x: Float[Array, "T D"], pool: Array, context: StepContext, place: Array
     ) -> tuple[Float[Array, "T D"], Array]:
-        """Writes the tokens' keys and values into the pool and attends over it. Returns the output and the pool."""
+        """Writes the tokens' keys and values into the pool and attends over it. Returns the output and the pool.
+
+        Args:
+            place: which of the pool's layers is this one's.
+        """
+        tokens = x.shape[0]
+        q, k, v = self._project(x)
+        if self.gated:
+            q, gate = (part.reshape(tokens, -1, q.shape[-1]) for part in jnp.split(q, 2, axis=2))
+        else:
+            q = q.reshape(tokens, -1, q.shape[-1])
+        if hasattr(self, "q_norm"):
+            q, k = (_normalize(heads, norm) for heads, norm in ((q, self.q_norm), (k, self.k_norm)))
+        if self.layer.rope is not None:
+            rotation = context.rotations[self.layer.rope]
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        pool = attention_op.write_kv(pool, k, v, context.plan, place)
+        attended = attention_op.ragged_paged_attention(
+            q,
+            pool,
+            context.plan,
+            place,
+            scale=self.scale,
+            sliding_window=self.layer.sliding_window,
+            logits_soft_cap=self.soft_cap,
+            sinks=self.sinks[...] if hasattr(self, "sinks") else None,
+        )
+        if self.gated:
+            attended = attended * jax.nn.sigmoid(gate)
+        output = matmul(attended.reshape(tokens, -1), self.output)
+        return output + self.output_bias[...] if hasattr(self, "output_bias") else output, pool
+
+    def _project(self, x: Float[Array, "T D"]) -> tuple[Array, Array, Array]:
+        """Queries and what gates them [T, K, group, H], keys and values [T, K, H]."""
         tokens = x.shape[0]
         num_kv_heads, group_and_kv, head_dim, _ = self.qkv.shape
         qkv = matmul(x, self.qkv).reshape(tokens, num_kv_heads, group_and_kv, head_dim)
-        q = rotate(qkv[:, :, :-2].reshape(tokens, -1, head_dim), *rotation)
-        k = rotate(qkv[:, :, -2], *rotation)
-        pool = attention_op.write_kv(pool, k, qkv[:, :, -1], plan, layer)
-        attended = attention_op.ragged_paged_attention(q, pool, plan, layer, scale=self.scale)
-        return matmul(attended.reshape(tokens, -1), self.output), pool
+        if hasattr(self, "qkv_bias"):
+            qkv = qkv + small(self.qkv_bias)
+        return qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
+
+
+def _normalize(heads: Float[Array, "T N H"], norm: RMSNorm) -> Float[Array, "T N H"]:
+    """Over each head, or over all of them, as the norm's weight is long."""
+    return norm(heads.reshape(heads.shape[0], -1, norm.weight.shape[0])).reshape(heads.shape)

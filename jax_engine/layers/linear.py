@@ -1,18 +1,19 @@
 """Matrix products with weights, and the two forms a layer's weight comes in."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 
 class WeightByLayer:
     """The weights of one place in every layer, of which a traced index picks one.
 
-    A loop over the layers meets weights in this form. The choice is made by `lax.switch` around the product itself, so
-    no weight is copied, as slicing a stack of them would.
+    A loop over the layers meets weights in this form. The choice is made by `lax.switch` around what is done with the
+    weight, so no weight is copied, as slicing a stack of them would.
     """
 
     def __init__(self, weights: Sequence[Array], index: Array):
@@ -20,15 +21,76 @@ class WeightByLayer:
         self._index = index
         self.shape = weights[0].shape
 
-    def matmul(self, x: Float[Array, "T D"]) -> Float[Array, "T F"]:
-        """x times the chosen weight."""
-        return jax.lax.switch(self._index, [lambda x, w=w: _matmul(x, w) for w in self._weights], x)
+    def apply(self, function: Callable[..., Any], *args: Any) -> Any:
+        """function(*args, weight) of the chosen weight."""
+        return jax.lax.switch(self._index, [lambda *args, w=w: function(*args, w) for w in self._weights], *args)
+
+
+def with_weight(function: Callable[..., Any], *args: Any, weight: nnx.Param) -> Any:
+    """function(*args, array) for a function that does all its work with the weight at once."""
+    value: Any = weight.get_value()
+    return value.apply(function, *args) if isinstance(value, WeightByLayer) else function(*args, value)
 
 
 def matmul(x: Float[Array, "T D"], weight: nnx.Param) -> Float[Array, "T F"]:
     """x times a weight stored outputs first, inputs last, as checkpoints do: F and D are its flattened axes."""
-    value: Any = weight.get_value()
-    return value.matmul(x) if isinstance(value, WeightByLayer) else _matmul(x, value)
+    return with_weight(_matmul, x, weight=weight)
+
+
+def matmul_by_head(x: Float[Array, "T N H"], weight: nnx.Param) -> Float[Array, "T N F"]:
+    """Each head of x times a matrix of its own; the weight is [N, F, H]."""
+    return with_weight(_matmul_by_head, x, weight=weight)
+
+
+def grouped_matmul(x: Float[Array, "S D"], sizes: Int32[Array, " E"], weight: nnx.Param) -> Float[Array, "S F"]:
+    """Runs of rows of x times one matrix each: the first sizes[0] rows times weight[0], and so on.
+
+    Args:
+        sizes: they sum to S. weight: [E, ..., D], outputs first as in matmul.
+    """
+    return with_weight(_grouped_matmul, x, sizes, weight=weight)
+
+
+def small(weight: nnx.Param) -> Array:
+    """The value of a weight that is small enough to be copied, such as a bias."""
+    return with_weight(lambda array: array, weight=weight)
+
+
+def _matmul_by_head(x: Array, weight: Array) -> Array:
+    return jnp.einsum("tnh,nfh->tnf", x, weight)
+
+
+def _grouped_matmul(x: Array, sizes: Array, weight: Array) -> Array:
+    weight = weight.reshape(weight.shape[0], -1, x.shape[1])
+    # XLA's ragged_dot on a CPU multiplies every row with every matrix.
+    return jax.lax.platform_dependent(x, sizes, weight, cpu=_multiply_blocks, default=_ragged_dot)
+
+
+def _ragged_dot(x: Array, sizes: Array, weight: Array) -> Array:
+    dims = jax.lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])
+    return jax.lax.ragged_dot_general(x, weight, sizes, dims)
+
+
+def _multiply_blocks(x: Array, sizes: Array, weight: Array) -> Array:
+    """One block of rows of one expert after the other.
+
+    A block may reach into the next expert's rows: these come later and put their own results there.
+    """
+    num_rows, num_experts = x.shape[0], weight.shape[0]
+    block = min(64, max(8, 1 << (num_rows // num_experts).bit_length()))
+    blocks = -(-sizes // block)
+    ends, first_rows = jnp.cumsum(blocks), jnp.cumsum(sizes) - sizes
+    x = jnp.pad(x, ((0, block), (0, 0)))
+
+    def multiply(number: Array, out: Array) -> Array:
+        expert = jnp.searchsorted(ends, number, side="right")
+        row = first_rows[expert] + (number - ends[expert] + blocks[expert]) * block
+        rows = jax.lax.dynamic_slice_in_dim(x, row, block)
+        matrix = jax.lax.dynamic_index_in_dim(weight, expert, keepdims=False)
+        return jax.lax.dynamic_update_slice_in_dim(out, _matmul(rows, matrix), row, axis=0)
+
+    out = jnp.zeros((num_rows + block, weight.shape[1]), x.dtype)
+    return jax.lax.fori_loop(0, ends[-1], multiply, out)[:num_rows]
 
 
 def _matmul(x: Array, weight: Array) -> Array:

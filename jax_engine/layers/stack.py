@@ -2,42 +2,75 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jax_engine.layers.linear import WeightByLayer
 
 
-def run_layers(layers: Sequence[nnx.Module], carry: tuple, *shared: Any, unroll: bool) -> tuple:
-    """Threads `carry` through `layer(*carry, *shared, index)` for every layer; all are of one kind.
+class _Kind(NamedTuple):
+    """Layers that differ only in the values of their weights: one program serves them all."""
+
+    graph: nnx.GraphDef
+    states: list[dict]
+
+
+def run_layers(layers: Sequence[nnx.Module], carry: tuple, *shared: Any, places: Sequence[int], unroll: bool) -> tuple:
+    """Threads `carry` through `layer(*carry, *shared, place)` for every layer.
 
     Args:
         carry: what a layer takes first, and returns.
         shared: what every layer gets besides.
+        places: for each layer, where in the cache it keeps what it keeps.
         unroll: write every layer out: what accelerators run fastest, as one graph of launches. Otherwise a loop, which
             compiles ten times faster; right on a CPU, where each fused operation of each layer is compiled anew.
     """
-    splits = [nnx.split(layer) for layer in layers]
-    graph = splits[0][0]
-    states = [nnx.to_pure_dict(state) for _, state in splits]
+    kinds, of_layer = _group(layers)
     if unroll:
-        # One inner jit for all layers: they are traced and lowered once.
-        for index, state in enumerate(states):
-            carry = _apply(graph, state, carry, shared, jnp.int32(index))
+        # One inner jit for all layers of a kind: they are traced and lowered once.
+        for (kind, index), place in zip(of_layer, places, strict=True):
+            carry = _apply(kinds[kind].graph, kinds[kind].states[index], carry, shared, jnp.int32(place))
         return carry
+    kind_of, index_of = np.array(of_layer, np.int32).T
+    place_of = np.array(places, np.int32)
 
-    def body(index: jax.Array, carry: tuple) -> tuple:
-        return nnx.merge(graph, jax.tree.map(functools.partial(_choose, index), *states))(*carry, *shared, index)
+    def body(layer: jax.Array, carry: tuple) -> tuple:
+        index, place = jnp.asarray(index_of)[layer], jnp.asarray(place_of)[layer]
+        branches = [functools.partial(_apply_chosen, kind, shared=shared) for kind in kinds]
+        return jax.lax.switch(jnp.asarray(kind_of)[layer], branches, index, place, carry)
 
     return jax.lax.fori_loop(0, len(layers), body, carry)
 
 
+def _group(layers: Sequence[nnx.Module]) -> tuple[list[_Kind], list[tuple[int, int]]]:
+    """The kinds of layers, and for each layer its kind and its place among those of its kind."""
+    kinds: dict[Any, int] = {}
+    found: list[_Kind] = []
+    of_layer = []
+    for layer in layers:
+        graph, state = nnx.split(layer)
+        weights = nnx.to_pure_dict(state)
+        shapes = tuple((array.shape, array.dtype) for array in jax.tree.leaves(weights))
+        kind = kinds.setdefault((graph, shapes), len(found))
+        if kind == len(found):
+            found.append(_Kind(graph, []))
+        of_layer.append((kind, len(found[kind].states)))
+        found[kind].states.append(weights)
+    return found, of_layer
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _apply(graph: nnx.GraphDef, state: dict, carry: tuple, shared: tuple, index: jax.Array) -> tuple:
-    return nnx.merge(graph, state)(*carry, *shared, index)
+def _apply(graph: nnx.GraphDef, state: dict, carry: tuple, shared: tuple, place: jax.Array) -> tuple:
+    return nnx.merge(graph, state)(*carry, *shared, place)
+
+
+def _apply_chosen(kind: _Kind, index: jax.Array, place: jax.Array, carry: tuple, *, shared: tuple) -> tuple:
+    weights = jax.tree.map(functools.partial(_choose, index), *kind.states)
+    return nnx.merge(kind.graph, weights)(*carry, *shared, place)
 
 
 def _choose(index: jax.Array, *weights: jax.Array) -> Any:

@@ -68,8 +68,9 @@ def _here() -> Device:
     return Device(jax.default_backend())
 
 
-def _choose(implementation: str, device: Device) -> str:
-    name = _PREFERRED.get(device.platform, "xla") if implementation == "auto" else implementation
+def _choose(implementation: str, device: Device, keys_only: bool) -> str:
+    preferred = "xla" if keys_only else _PREFERRED.get(device.platform, "xla")
+    name = preferred if implementation == "auto" else implementation
     if name not in _IMPLEMENTATIONS:
         allowed = ", ".join(("auto", *_IMPLEMENTATIONS))
         raise ValueError(f"implementation must be one of {allowed}; got {implementation!r}")
@@ -84,18 +85,20 @@ def pool_shape(
     head_dim: int,
     *,
     device: Device | None = None,
+    keys_only: bool = False,
     implementation: str = "auto",
 ) -> tuple[int, ...]:
     """Shape of the KV pool. Page p of layer l is index l * num_pages + p of its first axis, kv heads are its second.
 
     Args:
         num_pages: pages per layer. page_size: tokens per page, a power of two.
-        device, implementation: as in `plan`.
+        device, keys_only, implementation: as in `plan`.
     """
     if page_size < 1 or page_size & (page_size - 1):
         raise ValueError(f"page_size must be a power of two, got {page_size}")
-    owner = _IMPLEMENTATIONS[_choose(implementation, device or _here())]
-    return owner.pool_shape(num_layers, num_pages, page_size, num_kv_heads, head_dim)
+    owner = _IMPLEMENTATIONS[_choose(implementation, device or _here(), keys_only)]
+    shape = owner.pool_shape(num_layers, num_pages, page_size, num_kv_heads, head_dim)
+    return xla.keys_only_shape(shape) if keys_only else shape
 
 
 def plan(
@@ -106,6 +109,7 @@ def plan(
     page_size: int,
     decode_only: bool = False,
     device: Device | None = None,
+    keys_only: bool = False,
     implementation: str = "auto",
 ) -> Plan:
     """Derives what all layers of a step share. Call it once per step, inside jit.
@@ -115,13 +119,14 @@ def plan(
         num_pages: pages per layer. page_size: tokens per page.
         decode_only: the step has no row of more than one token; the program for it has no code for such rows.
         device: which device the program is for; jax's default one when None.
+        keys_only: values are the leading dimensions of the keys, and are not stored; xla.py alone can do with it.
         implementation: `auto` (by the device's platform) or a name.
 
     Raises:
         ValueError: there is no such implementation.
     """
     device = device or _here()
-    name = _choose(implementation, device)
+    name = _choose(implementation, device, keys_only)
     starts, lens, table = ragged.query_starts, ragged.kv_lens, ragged.page_table
     token = jnp.arange(num_tokens, dtype=jnp.int32)
     row = jnp.searchsorted(starts[1:], token, side="right").astype(jnp.int32)
@@ -151,11 +156,15 @@ def plan(
 
 
 def write_kv(
-    pool: Float[Array, "..."], k: Float[Array, "T K H"], v: Float[Array, "T K H"], plan: Plan, layer: Int32[Array, ""]
+    pool: Float[Array, "..."],
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"] | None,
+    plan: Plan,
+    layer: Int32[Array, ""],
 ) -> Float[Array, "..."]:
     """Writes each real token's key and value at its place in `layer`; in place when the pool is donated.
 
-    k and v are rounded to the pool's dtype. Padding tokens write nothing.
+    k and v are rounded to the pool's dtype. Padding tokens write nothing. v is None where the pool has keys only.
     """
     return _IMPLEMENTATIONS[plan.implementation].write_kv(pool, k, v, plan.slots, plan.work, layer * plan.num_pages)
 
@@ -170,7 +179,8 @@ def ragged_paged_attention(
     sliding_window: int | None = None,
     logits_soft_cap: float | None = None,
     sinks: Float[Array, "N"] | None = None,
-) -> Float[Array, "T N H"]:
+    value_dim: int | None = None,
+) -> Float[Array, "T N V"]:
     """Causal attention: the token at position p sees its row's positions 0..p, as the pool holds them.
 
     Softmax and sums are float32 whatever the dtype of q and pool. Query head n reads kv head n // (N // K). Slots
@@ -181,11 +191,12 @@ def ragged_paged_attention(
         sliding_window: see at most this many latest positions, one's own included.
         logits_soft_cap: c in c * tanh(score / c), applied after `scale`.
         sinks: logits that take part in each head's softmax and carry no value.
+        value_dim: where the pool has keys only: how many leading dimensions of a key are its value.
 
     Returns:
-        [T, N, H] of q's dtype; padding tokens are zero.
+        [T, N, V] of q's dtype, V the size of a value, usually H; padding tokens are zero.
     """
     if q.shape[1] % pool.shape[1]:
         raise ValueError(f"query heads ({q.shape[1]}) must be a multiple of kv heads ({pool.shape[1]})")
-    options = Options(scale, sliding_window, logits_soft_cap, sinks)
+    options = Options(scale, sliding_window, logits_soft_cap, sinks, value_dim)
     return _IMPLEMENTATIONS[plan.implementation].attend(q, pool, plan.work, layer * plan.num_pages, options)

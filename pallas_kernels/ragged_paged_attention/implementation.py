@@ -15,6 +15,7 @@ class Options(NamedTuple):
     sliding_window: int | None = None
     logits_soft_cap: float | None = None
     sinks: jax.Array | None = None
+    value_dim: int | None = None
 
 
 class Device(NamedTuple):
@@ -35,7 +36,7 @@ class Implementation(Protocol):
     def pool_shape(
         self, num_layers: int, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int
     ) -> tuple[int, ...]:
-        """Shape of the pool in this implementation's layout."""
+        """Shape of the pool in this implementation's layout. xla.py also has one of keys only."""
         ...
 
     def make_work_list(
@@ -58,7 +59,13 @@ class Implementation(Protocol):
         ...
 
     def write_kv(
-        self, pool: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array, work: Any, first_page: jax.Array
+        self,
+        pool: jax.Array,
+        k: jax.Array,
+        v: jax.Array | None,
+        slots: jax.Array,
+        work: Any,
+        first_page: jax.Array,
     ) -> jax.Array:
         """The pool with k and v [T, K, H] written at flat slots [T] of the layer; a negative slot writes nothing.
 

@@ -78,6 +78,11 @@ def pool_shape(num_layers: int, num_pages: int, page_size: int, num_kv_heads: in
     return (num_layers * num_pages, num_kv_heads, 2, page_size, head_dim)
 
 
+def keys_only_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a pool's shape, that of one whose values are part of the keys."""
+    return (*shape[:2], 1, *shape[3:])
+
+
 def make_work_list(
     page_table, kv_lens, query_starts, num_decodes, *, num_tokens, num_pages, page_size, device, decode_only=False
 ):
@@ -117,15 +122,17 @@ def make_work_list(
 def write_kv(pool, k, v, slots, work, first_page):
     """Writes k and v [T, K, H] at flat token slots [T] of the layer whose pages start at `first_page`; negative: none.
 
+    v is None where the pool has keys only.
+
     One scatter of contiguous rows of H along a single leading axis: that form stays in place on every platform.
     """
     del work
-    _, num_kv_heads, _, page_size, head_dim = pool.shape
-    tiles = 2 * num_kv_heads
+    _, num_kv_heads, parts, page_size, head_dim = pool.shape
+    tiles = parts * num_kv_heads
     page = first_page + slots // page_size
     index = (page[:, None] * tiles + jnp.arange(tiles, dtype=jnp.int32)) * page_size + (slots % page_size)[:, None]
     index = jnp.where(slots[:, None] < 0, jnp.iinfo(jnp.int32).max, index)
-    rows = jnp.stack([k, v], axis=2).astype(pool.dtype).reshape(-1, head_dim)
+    rows = (k if v is None else jnp.stack([k, v], axis=2)).astype(pool.dtype).reshape(-1, head_dim)
     flat = pool.reshape(-1, head_dim)
     return flat.at[index.reshape(-1)].set(rows, mode="drop", unique_indices=True).reshape(pool.shape)
 
@@ -135,13 +142,14 @@ def attend(q, pool, work: WorkList, first_page, options: Options):
     decoded = _attend_decodes(q, pool, work, first_page, options)
     if work.decode_only:
         return decoded
-    out = jnp.zeros_like(q).at[: decoded.shape[0]].set(decoded)
+    out = jnp.zeros((q.shape[0], *decoded.shape[1:]), q.dtype).at[: decoded.shape[0]].set(decoded)
     return _attend_blocks(out, q, pool, work, first_page, options)
 
 
 def _attend_decodes(q, pool, work, first_page, options):
-    """Rows of one query token, whose token index is their row index. Returns [D, N, H], zero for other rows."""
+    """Rows of one query token, whose token index is their row index. Returns [D, N, V], zero for other rows."""
     rows, num_heads, head_dim = work.decode_order.shape[0], q.shape[1], q.shape[2]
+    value_dim = options.value_dim or head_dim
     num_kv_heads = pool.shape[1]
     group = min(work.tiles.decode_rows, rows)
     padding = -rows % group
@@ -156,12 +164,12 @@ def _attend_decodes(q, pool, work, first_page, options):
         result = _attend_group(
             queries, pool, work.page_table[row], first_page, position, length, options, work.tiles.decode_chunk
         )
-        result = result.reshape(group, num_heads, head_dim).astype(q.dtype)
+        result = result.reshape(group, num_heads, value_dim).astype(q.dtype)
         return jax.lax.dynamic_update_slice_in_dim(out, result, g * group, axis=0)
 
-    out = jnp.zeros((rows + padding, num_heads, head_dim), q.dtype)
+    out = jnp.zeros((rows + padding, num_heads, value_dim), q.dtype)
     out = jax.lax.fori_loop(0, -(-work.num_decodes // group), run_group, out)
-    out = jnp.zeros((rows, num_heads, head_dim), q.dtype).at[work.decode_order].set(out[:rows], unique_indices=True)
+    out = jnp.zeros((rows, num_heads, value_dim), q.dtype).at[work.decode_order].set(out[:rows], unique_indices=True)
     return jnp.where((jnp.arange(rows) < work.num_decodes)[:, None, None], out, 0)
 
 
@@ -190,8 +198,8 @@ def _attend_blocks(out, q, pool, work, first_page, options):
         result = _attend_group(
             queries, pool, work.page_table[row], first_page, position, length, options, work.tiles.prefill_chunk
         )
-        result = result.reshape(group, num_kv_heads, heads_per_kv, size, head_dim).transpose(0, 3, 1, 2, 4)
-        result = result.reshape(group * size, num_heads, head_dim).astype(q.dtype)
+        result = result.reshape(group, num_kv_heads, heads_per_kv, size, -1).transpose(0, 3, 1, 2, 4)
+        result = result.reshape(group * size, num_heads, -1).astype(q.dtype)
         target = jnp.where(real, token, num_tokens).reshape(-1)
         return out.at[target].set(result, mode="drop", unique_indices=True)
 
@@ -208,7 +216,7 @@ def _attend_group(queries, pool, pages, first_page, positions, lens, options, ch
         lens: [R] int32 number of key positions to look at.
 
     Returns:
-        [R * K, M, H] float32; finite and of no meaning where there is nothing to see.
+        [R * K, M, V] float32; finite and of no meaning where there is nothing to see.
     """
     num_kv_heads, page_size = pool.shape[1], pool.shape[3]
     size = max(chunk, page_size)
@@ -222,7 +230,7 @@ def _attend_group(queries, pool, pages, first_page, positions, lens, options, ch
     def attend_chunk(c, carry):
         acc, top, total = carry
         page = jax.lax.dynamic_slice_in_dim(pages, c * (size // page_size), size // page_size, axis=1)
-        keys, values = _read_tiles(pool, page + first_page)
+        keys, values = _read_tiles(pool, page + first_page, options.value_dim)
         key_position = c * size + jnp.arange(size, dtype=jnp.int32)
         scores = einsum("rmh,rsh->rms", queries, keys)
         scores = _mask_scores(scores, key_position, positions, num_kv_heads, options)
@@ -237,7 +245,8 @@ def _attend_group(queries, pool, pages, first_page, positions, lens, options, ch
         return acc, new_top, total * factor + weights.sum(axis=-1)
 
     statistic = jnp.zeros(queries.shape[:2], jnp.float32)
-    carry = (jnp.zeros(queries.shape, jnp.float32), statistic + _MASKED, statistic)
+    value_dim = options.value_dim or pool.shape[4]
+    carry = (jnp.zeros((*queries.shape[:2], value_dim), jnp.float32), statistic + _MASKED, statistic)
     acc, top, total = jax.lax.fori_loop(first, -(-lens.max() // size), attend_chunk, carry)
     if options.sinks is not None:
         acc, total = _add_sinks(acc, top, total, options.sinks, num_kv_heads)
@@ -255,14 +264,15 @@ def _mask_scores(scores, key_position, positions, num_kv_heads, options):
     return jnp.where(jnp.repeat(seen, num_kv_heads, axis=0), scores, _MASKED)
 
 
-def _read_tiles(pool, page):
+def _read_tiles(pool, page, value_dim):
     """Keys and values, [R * K, S, H] each, of the pages [R, n] (indices into the pool), in the order of positions."""
-    num_kv_heads, page_size, head_dim = pool.shape[1], *pool.shape[3:]
-    head = 2 * jnp.arange(num_kv_heads, dtype=jnp.int32)[:, None]
-    tile = (page[:, None, :] * (2 * num_kv_heads) + head).reshape(-1, page.shape[1])
+    num_kv_heads, parts, page_size, head_dim = pool.shape[1:]
+    head = parts * jnp.arange(num_kv_heads, dtype=jnp.int32)[:, None]
+    tile = (page[:, None, :] * (parts * num_kv_heads) + head).reshape(-1, page.shape[1])
     tiles = pool.reshape(-1, page_size, head_dim)
     shape = (tile.shape[0], -1, head_dim)
-    return tiles[tile].reshape(shape), tiles[tile + 1].reshape(shape)
+    keys = tiles[tile].reshape(shape)
+    return keys, (keys[..., :value_dim] if parts == 1 else tiles[tile + 1].reshape(shape))
 
 
 def _add_sinks(acc, top, total, sinks, num_kv_heads):

@@ -1,0 +1,30 @@
+"""StepContext: what all layers of a step share besides their weights and the cache."""
+
+from dataclasses import dataclass, field
+
+import jax
+from jaxtyping import Array, Int32
+
+from pallas_kernels.ragged_paged_attention.api import Plan
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StepContext:
+    """Made once per step by step.py; the model adds its rotations.
+
+    Attributes:
+        plan: rows and positions of the packed tokens, and the attention op's work list.
+        slots: [B] int32, where a recurrent layer keeps row i's state; the last place for rows of padding.
+        query_starts: [B + 1] int32, row i's tokens are [query_starts[i], query_starts[i + 1]).
+        num_decodes: int32, how many of the first rows have one token and take the path of single tokens.
+        decode_only: there are no other rows, and no code for them.
+        rotations: cosine and sine of every position's angles, one pair for each of ModelConfig.ropes.
+    """
+
+    plan: Plan
+    slots: Int32[Array, " B"]
+    query_starts: Int32[Array, " B+1"]
+    num_decodes: Int32[Array, ""]
+    decode_only: bool = field(metadata={"static": True})
+    rotations: tuple[tuple[Array, Array], ...] = ()

@@ -1,0 +1,188 @@
+"""ModelConfig: the shape of a decoder-only transformer, in our own words.
+
+Each architecture's file in models/ makes one of a checkpoint's config.json, through hf_config.py; layers, cache and
+runner read it. What a checkpoint may leave open is decided by then. Never reads a file, never imports jax.
+"""
+
+from dataclasses import dataclass, replace
+
+#: Activation functions of feed-forward layers, by their names in Hugging Face configs; layers/mlp.py has them.
+ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Rotary positions of the layers that share them; every way of scaling ends in these numbers.
+
+    Attributes:
+        frequencies: radians per position, one for each pair of rotated head dimensions.
+        amplitude: factor of cosine and sine (YaRN and LongRoPE raise it above 1).
+        long_frequencies: what LongRoPE takes instead where sequences may be longer than `short_length`.
+    """
+
+    frequencies: tuple[float, ...]
+    amplitude: float = 1.0
+    long_frequencies: tuple[float, ...] | None = None
+    short_length: int | None = None
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many leading dimensions of a head turn."""
+        return 2 * len(self.frequencies)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerConfig:
+    """What sets a layer apart from the model's other layers.
+
+    Attributes:
+        sliding_window: attention sees this many latest positions; None: all.
+        rope: index into ModelConfig.ropes; None: no rotary positions.
+        sparse: its feed-forward is a mixture of experts.
+        recurrent: it keeps a state per sequence instead of keys and values.
+    """
+
+    sliding_window: int | None = None
+    rope: int | None = 0
+    sparse: bool = False
+    recurrent: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """A mixture of experts.
+
+    Attributes:
+        experts_per_token: how many experts a token is sent to.
+        intermediate_size: width of one expert. shared_size: of the expert that all tokens pass; 0: there is none.
+        normalize: the weights of the chosen experts are made to sum to one. scaling: factor of the weights.
+        sigmoid: experts are scored one by one, with a correction for their choice; otherwise by a softmax.
+        num_groups, groups_per_token: experts are chosen from this many of the groups only.
+        shared_gate: the shared expert's result has a factor from the token. router_bias, expert_bias: they have biases.
+        swiglu_limit, swiglu_alpha: of gpt-oss's clamped SwiGLU; None: the plain activation.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    intermediate_size: int
+    shared_size: int = 0
+    normalize: bool = True
+    scaling: float = 1.0
+    sigmoid: bool = False
+    num_groups: int = 1
+    groups_per_token: int = 1
+    shared_gate: bool = False
+    router_bias: bool = False
+    expert_bias: bool = False
+    swiglu_limit: float | None = None
+    swiglu_alpha: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLAConfig:
+    """Latent attention: sizes of a head's parts and of what is cached.
+
+    Attributes:
+        query_rank: queries too are made of a latent of this size; 0: of the hidden state itself.
+        latent_dim: of the latent that keys and values come from.
+        nope_dim, rope_dim: of a query's and key's fixed and turning part. value_dim: of a head's value.
+    """
+
+    query_rank: int
+    latent_dim: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaConfig:
+    """Gated delta nets: key heads, each with a share of the value heads; sizes of a head; width of the convolution."""
+
+    num_key_heads: int
+    num_value_heads: int
+    key_dim: int
+    value_dim: int
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of a decoder-only transformer. The first names are those of Hugging Face configs.
+
+    Attributes:
+        ropes: the kinds of rotary positions; layers name them by index.
+        layers: one per layer; by default all alike, with full attention.
+        attention_scale: factor of the attention scores; by default head_dim ** -0.5.
+        attention_bias: of query, key and value. output_bias: of attention's output product. mlp_bias: of feed-forward.
+        attention_soft_cap, logits_soft_cap: c in c * tanh(x / c).
+        embedding_multiplier: factor of the embeddings. residual_multiplier: of what a layer adds to its input.
+        logits_divisor: what the logits are divided by.
+        mla: attention is latent; num_key_value_heads and head_dim are then those of the cache.
+        delta: what the recurrent layers are.
+        interleaved_rope: the checkpoint stores the two dimensions that turn together side by side.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    norm_eps: float = 1e-6
+    activation: str = "silu"
+    tie_word_embeddings: bool = False
+    ropes: tuple[Rope, ...] = ()
+    layers: tuple[LayerConfig, ...] = ()
+    attention_scale: float | None = None
+    attention_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    attention_soft_cap: float | None = None
+    logits_soft_cap: float | None = None
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_divisor: float = 1.0
+    moe: MoEConfig | None = None
+    mla: MLAConfig | None = None
+    delta: DeltaConfig | None = None
+    interleaved_rope: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            object.__setattr__(self, "layers", (LayerConfig(),) * self.num_hidden_layers)
+
+    @property
+    def query_scale(self) -> float:
+        """Factor of the attention scores."""
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+
+    @property
+    def num_recurrent_layers(self) -> int:
+        """Layers that keep a state per sequence instead of keys and values.
+
+        Where there are any, a sequence cannot start from another's pages, for these layers' state is not in them.
+        """
+        return sum(layer.recurrent for layer in self.layers)
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """For each layer, how many layers before it keep the same: pages, or a state per sequence."""
+        kept = [layer.recurrent for layer in self.layers]
+        return tuple(kept[:index].count(recurrent) for index, recurrent in enumerate(kept))
+
+    def served_up_to(self, max_model_len: int) -> "ModelConfig":
+        """The model for sequences of at most this length: LongRoPE turns by other angles where they may be long.
+
+        One choice for the whole run, as a cached key cannot be turned again when its sequence grows past the border.
+        """
+        ropes = tuple(
+            replace(rope, frequencies=rope.long_frequencies)
+            if rope.long_frequencies is not None and max_model_len > (rope.short_length or 0)
+            else rope
+            for rope in self.ropes
+        )
+        return replace(self, ropes=ropes)

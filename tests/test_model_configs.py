@@ -1,0 +1,169 @@
+"""What each architecture makes of a config.json and of a checkpoint's tensors: read, refused, or named in a warning."""
+
+import fnmatch
+import json
+import logging
+import math
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from checkpoints.formats import open_checkpoint
+from jax_engine.errors import ConfigError
+from jax_engine.layers.mlp import FUNCTIONS
+from jax_engine.model_config import ACTIVATIONS, ModelConfig
+from jax_engine.models import ARCHITECTURES, model_class, read_config
+
+TINY = Path(__file__).parent / "golden/tiny"
+FOLDERS = sorted(path.name for path in TINY.iterdir())
+#: What a change of a config leaves out.
+GONE = object()
+
+
+def read(folder: str, **changes) -> ModelConfig:
+    """The config of a tiny model with some fields changed."""
+    config = json.loads((TINY / folder / "config.json").read_text(encoding="utf-8")) | changes
+    return read_config({name: value for name, value in config.items() if value is not GONE})
+
+
+def test_every_architecture_has_golden_answers() -> None:
+    assert {read(folder).architecture for folder in FOLDERS} == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_weight_map_is_complete_both_ways(folder: str) -> None:
+    config = read(folder)
+    model = model_class(config)
+    state = nnx.split(nnx.eval_shape(lambda: model(config, jnp.dtype(jnp.float32), False)))[1]
+    sources = model.weight_map(config)
+    assert {".".join(map(str, path)) for path, _ in nnx.to_flat_state(state)} == set(sources)
+    stored = {name: info.shape for name, info in open_checkpoint(str(TINY / folder)).tensors.items()}
+    wanted = {name: shape for source in sources.values() for name, shape in source.tensors}
+    ignored = {name for name in stored if any(fnmatch.fnmatchcase(name, each) for each in model.IGNORED_TENSORS)}
+    assert wanted == {name: stored[name] for name in stored if name in wanted or name not in ignored}
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_no_field_of_a_saved_config_is_unknown(folder: str, caplog) -> None:
+    with caplog.at_level(logging.WARNING):
+        read(folder)
+    assert not caplog.records
+
+
+def test_a_field_nobody_knows_is_named(caplog) -> None:
+    with caplog.at_level(logging.WARNING):
+        read("llama", brand_new_trick=3)
+    assert "brand_new_trick" in caplog.text and "LlamaForCausalLM" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("folder", "changes", "message"),
+    [
+        ("llama", {"hidden_size": 0, "vocab_size": "big"}, "vocab_size must be a positive integer, got 'big'"),
+        ("llama", {"hidden_act": "mish"}, "hidden_act 'mish' is not supported; supported: silu"),
+        ("llama", {"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
+        ("llama", {"attention_bias": 1}, "attention_bias must be true or false, got 1"),
+        ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "spiral"}},
+            "rope type 'spiral' is not supported; supported: default",
+        ),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": -1}}, "yarn: factor must be a positive number"),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2, "twist": 1}}, "field twist is not known"),
+        ("llama", {"partial_rotary_factor": 0.5}, "all 16 dimensions of a head must turn"),
+        (
+            "phi3",
+            {"rope_parameters": {"rope_type": "longrope", "short_factor": [1]}},
+            "short_factor must be a list of 8",
+        ),
+        ("qwen2", {"layer_types": ["full_attention"]}, "layer_types must be a list of 3 words"),
+        ("qwen2", {"layer_types": ["a", "b", "full_attention"]}, "layer_types: a, b not supported"),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 3}, "but there is no sliding_window"),
+        ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention True is not supported"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True is not supported"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention True is not supported"),
+        ("qwen3_moe", {"mlp_only_layers": "all"}, "mlp_only_layers must be a list of layer numbers"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func 'softmax' is not supported, only 'sigmoid'"),
+        ("deepseek_v3", {"n_group": 3}, "8 experts cannot be chosen from 1 of 3 equal groups"),
+        ("qwen3_next", {"linear_num_value_heads": 3}, "3 value heads are no multiple of 2 key heads"),
+        ("qwen3_next", {"linear_conv_kernel_dim": 1}, "linear_conv_kernel_dim must be at least 2"),
+    ],
+)
+def test_what_is_not_supported_is_refused(folder: str, changes: dict, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        read(folder, **changes)
+    assert message in str(error.value)
+
+
+def test_all_that_is_wrong_is_named_at_once() -> None:
+    with pytest.raises(ConfigError) as error:
+        read("llama", hidden_size=GONE, num_hidden_layers=0, rms_norm_eps="tiny", hidden_act="mish")
+    for name in ("hidden_size", "num_hidden_layers", "rms_norm_eps", "hidden_act"):
+        assert name in str(error.value)
+
+
+@pytest.mark.parametrize("architectures", [GONE, [], ["A", "B"], "LlamaForCausalLM", [3]])
+def test_architectures_must_name_one(architectures) -> None:
+    with pytest.raises(ConfigError, match="must name one class"):
+        read("llama", architectures=architectures)
+
+
+def test_an_unknown_architecture_lists_the_known_ones() -> None:
+    with pytest.raises(ConfigError) as error:
+        read("llama", architectures=["MambaForCausalLM"])
+    message = str(error.value)
+    assert all(name in message for name in ARCHITECTURES)
+    assert "jax_engine/models/" in message and "docs/adding-a-model.md" in message
+
+
+def test_windows_by_layer() -> None:
+    def windows(folder: str, **changes) -> list:
+        return [layer.sliding_window for layer in read(folder, **changes).layers]
+
+    assert windows("mistral") == [19] * 3
+    assert windows("mistral", sliding_window=None) == [None] * 3
+    assert windows("mistral", sliding_window=GONE) == [4096] * 3, "as in the first release, whose file lacks it"
+    on = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "layer_types": None}
+    assert windows("qwen2", **on) == [None, 8, 8]
+    assert windows("qwen2", **(on | {"use_sliding_window": False})) == [None] * 3
+    assert windows("gemma2", layer_types=GONE) == [12, None, 12]
+    assert windows("gemma3", layer_types=GONE, sliding_window_pattern=3) == [12, 12, None, 12, 12, None, 12]
+    assert windows("gpt_oss", layer_types=GONE) == [16, None, 16]
+
+
+def test_rotary_positions_of_transformers_4() -> None:
+    old = read("llama3_rope", rope_parameters=GONE, rope_theta=500000.0, rope_scaling={
+        "type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    })  # fmt: skip
+    assert old.ropes == read("llama3_rope").ropes
+    gemma = read("gemma3", rope_parameters=GONE, rope_theta=1e6, rope_local_base_freq=1e4)
+    assert gemma.ropes == read("gemma3").ropes
+    assert [layer.rope for layer in gemma.layers] == [1, 1, 1, 1, 1, 0, 1]
+
+
+def test_longrope_takes_the_long_divisors_where_sequences_may_be_long() -> None:
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    config = read("phi3", rope_parameters=rope, original_max_position_embeddings=128)
+    short, long = config.served_up_to(128).ropes[0], config.served_up_to(129).ropes[0]
+    assert [a / b for a, b in zip(short.frequencies, long.frequencies, strict=True)] == pytest.approx([4.0] * 8)
+    assert short.amplitude == long.amplitude == pytest.approx(math.sqrt(1 + math.log(4) / math.log(128)))
+
+
+def test_sparse_layers() -> None:
+    def sparse(folder: str, **changes) -> list[bool]:
+        return [layer.sparse for layer in read(folder, **changes).layers]
+
+    assert sparse("qwen3_moe", decoder_sparse_step=2) == [False, True, False]
+    assert sparse("qwen3_moe", mlp_only_layers=[1]) == [True, False, True]
+    assert sparse("deepseek_v3", first_k_dense_replace=0) == [True] * 3
+    assert sparse("deepseek_v3", first_k_dense_replace=9) == [False] * 3
+    assert read("qwen3_moe", num_local_experts=GONE, num_experts=6).moe.num_experts == 6, "transformers 4's name"
+    assert read("qwen3_moe", norm_topk_prob=GONE).moe.normalize is False
+
+
+def test_activations_have_functions() -> None:
+    assert set(FUNCTIONS) == set(ACTIVATIONS)
