@@ -18,9 +18,10 @@ from typing import Any
 from absl import flags
 
 from benchmarks import program, report
-from jax_engine.config import EngineConfig, Limits, ModelConfig, resolve
+from jax_engine.config import EngineConfig, Limits, resolve
 from jax_engine.engine import Engine
 from jax_engine.metrics import PHASES
+from jax_engine.model_config import ModelConfig
 from jax_engine.sampling_params import RequestOutputKind, SamplingParams
 from jax_engine.testing.fake_runner import FakeRunner
 

@@ -7,8 +7,9 @@ import pytest
 
 from benchmarks import hf_static, offline, scheduler_host, workload
 from jax_engine import ConfigError, EngineConfig, SamplingParams
-from jax_engine.config import ModelConfig, resolve
+from jax_engine.config import resolve
 from jax_engine.engine import Engine
+from jax_engine.model_config import ModelConfig
 from jax_engine.request import CompletionOutput, RequestMetrics, RequestOutput
 from jax_engine.testing.fake_runner import FakeRunner
 from serving.flags import UsageError

@@ -172,3 +172,27 @@ def test_refusals():
     shared = plan(inputs.ragged, num_tokens=8, num_pages=inputs.num_pages, page_size=16)
     with pytest.raises(ValueError, match="multiple of kv heads"):
         ragged_paged_attention(inputs.q[:, :3], inputs.pool, shared, jnp.int32(0), scale=1.0)
+
+
+@pytest.mark.parametrize("mix", ["decode", "chunked", "mixed"])
+def test_values_that_are_part_of_the_keys(mix):
+    # The reference gets the same pool with every key stored a second time, as its value.
+    inputs, value_dim = make_inputs(dataclasses.replace(SHAPES["mqa"], head_dim=24), MIXES[mix]), 16
+    doubled = dataclasses.replace(inputs, v=inputs.k, pool=np.repeat(np.asarray(inputs.pool)[:, :, :1], 2, axis=2))
+    wanted_pool = reference.write_kv(doubled.pool, doubled.k, doubled.v, inputs.ragged, LAYER, inputs.num_pages)
+    wanted = reference.ragged_paged_attention(
+        inputs.q, wanted_pool, inputs.ragged, LAYER, inputs.num_pages, scale=0.2, sliding_window=50
+    )
+    pool = inputs.pool[:, :, :1]
+    assert pool.shape == pool_shape(2, inputs.num_pages, 16, 1, 24, keys_only=True)
+
+    @jax.jit
+    def run(q, k, pool, ragged):
+        shared = plan(ragged, num_tokens=q.shape[0], num_pages=inputs.num_pages, page_size=16, keys_only=True)
+        pool = write_kv(pool, k, None, shared, jnp.int32(LAYER))
+        options = {"scale": 0.2, "sliding_window": 50, "value_dim": value_dim}
+        return ragged_paged_attention(q, pool, shared, jnp.int32(LAYER), **options), pool
+
+    out, pool = run(inputs.q, inputs.k, pool, inputs.ragged)
+    np.testing.assert_array_equal(pool, wanted_pool[:, :, :1])
+    np.testing.assert_allclose(out, wanted[..., :value_dim], atol=1e-5)
