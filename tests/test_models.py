@@ -93,6 +93,14 @@ def test_every_token_as_a_step_of_its_own(golden):
     golden.check_prompt(outputs[0], 0)
 
 
+def test_async_in_company_gives_what_sync_gives_alone_bit_for_bit(golden):
+    params = dataclasses.replace(PROMPT, temperature=0.9, seed=5, max_tokens=8, prompt_logprobs=2, logprobs=2)
+    want = [run(golden.modes.engine("sync", decode_buckets=()), [prompt], params)[0] for prompt in golden.tokens]
+    engine = golden.modes.engine("async", 3, decode_buckets=())
+    for got, alone in zip(run(engine, golden.tokens, params, budgets=random.Random(4)), want, strict=True):
+        assert (got.outputs, got.prompt_logprobs) == (alone.outputs, alone.prompt_logprobs)
+
+
 def test_greedy_tokens(golden):
     for number, output in enumerate(run(golden.modes.engine(), golden.tokens, GREEDY)):
         golden.check_greedy(output, number)

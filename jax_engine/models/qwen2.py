@@ -12,6 +12,7 @@ class Qwen2(Decoder):
     def read_config(cls, hf: HFConfig) -> ModelConfig:
         """See Decoder."""
         base = hf.base()
+        hf.only("attention_bias", True)
         return hf.finish(
             **base,
             ropes=(hf.rope(base["head_dim"]),),
