@@ -22,7 +22,7 @@ from jax_engine.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
 
-#: Prompts longer than this are tokenized off the event loop.
+#: Prompts longer than this are tokenized off the event loop, as grammars are compiled.
 _LONG_PROMPT_CHARS = 4096
 
 
@@ -112,7 +112,8 @@ class AsyncEngine:
         done = False
         stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
         try:
-            if isinstance(prompt, str) and len(prompt) > _LONG_PROMPT_CHARS:
+            long = isinstance(prompt, str) and len(prompt) > _LONG_PROMPT_CHARS
+            if long or sampling_params.structured_outputs is not None:
                 request = await asyncio.to_thread(make, request_id, prompt, sampling_params, priority)
             else:
                 request = make(request_id, prompt, sampling_params, priority)

@@ -54,6 +54,7 @@ class OutputState:
         self._prompt_token_ids = list(request.prompt_token_ids)
         self._tokenizer = tokenizer
         self._error: str | None = None
+        self._error_param: str | None = None
         self._completions = [
             _Completion(
                 sequence,
@@ -71,9 +72,9 @@ class OutputState:
             return self.sequences[0].status is Status.FINISHED
         return all(sequence.status is Status.FINISHED for sequence in self.sequences)
 
-    def fail(self, message: str) -> None:
-        """Notes why the request failed; the caller reads it as RequestOutput.error."""
-        self._error = message
+    def fail(self, message: str, param: str | None = None) -> None:
+        """Notes why the request failed; the caller reads it as RequestOutput.error and error_param."""
+        self._error, self._error_param = message, param
 
     def append(self, sequence: Sequence, token: int, logprobs: PositionLogprobs | None) -> str | None:
         """Takes in an accepted token. Returns the stop string that it completed, if it did."""
@@ -142,6 +143,7 @@ class OutputState:
             metrics=self.metrics,
             prompt_logprobs=self.prompt_logprobs,
             error=self._error,
+            error_param=self._error_param,
         )
 
     def _has_news(self, completion: _Completion) -> bool:

@@ -5,8 +5,12 @@ Field names of the outputs are vLLM's. Nothing here touches a device.
 
 import enum
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from jax_engine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from jax_engine.grammar import Grammar
 
 
 class FinishReason(enum.StrEnum):
@@ -29,6 +33,8 @@ class Request:
         prompt: the prompt's text, when it was given as text; carried through to the output.
         arrival_time: seconds on the engine's monotonic clock.
         priority: lower is served first, where the policy looks at it.
+        bad_token_ids: the token sequences of `sampling_params.bad_words`.
+        grammar: `sampling_params.structured_outputs`, compiled.
     """
 
     request_id: str
@@ -37,6 +43,8 @@ class Request:
     prompt: str | None = None
     arrival_time: float = 0.0
     priority: int = 0
+    bad_token_ids: tuple[tuple[int, ...], ...] = ()
+    grammar: "Grammar | None" = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +90,10 @@ class RequestMetrics:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """The state of one request, as handed to the caller. `finished` is true once every completion has ended."""
+    """The state of one request, as handed to the caller. `finished` is true once every completion has ended.
+
+    `error` says why a request failed inside; `error_param` names the parameter, where the request itself is at fault.
+    """
 
     request_id: str
     prompt: str | None
@@ -93,3 +104,4 @@ class RequestOutput:
     prompt_logprobs: list[PositionLogprobs | None] | None = None
     num_cached_tokens: int = 0
     error: str | None = field(default=None)
+    error_param: str | None = field(default=None)

@@ -62,6 +62,11 @@ class Tokenizer(Protocol):
         """The token that begins a text."""
         ...
 
+    @property
+    def special_token_ids(self) -> frozenset[int]:
+        """Tokens that control the model and are no text."""
+        ...
+
     def encode(self, text: str, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
         """Token ids of a text.
 
@@ -175,6 +180,11 @@ class TextTokenizer:
     def bos_token_id(self) -> int | None:
         """The token that begins a text."""
         return self._bos_token_id
+
+    @property
+    def special_token_ids(self) -> frozenset[int]:
+        """Tokens that control the model and are no text."""
+        return self._special_ids
 
     @functools.cached_property
     def _plain(self) -> tokenizers.Tokenizer:
