@@ -114,8 +114,7 @@ class Engine:
             token_ids = self.tokenizer.encode(prompt)
         else:
             token_ids = list(prompt)
-        if params.truncate_prompt_tokens is not None:
-            token_ids = self._truncated(token_ids, params)
+        token_ids = params.truncated(token_ids, self.limits.max_model_len)
         self._check(token_ids, params)
         return Request(
             request_id=request_id,
@@ -127,12 +126,6 @@ class Engine:
             bad_token_ids=self._bad_token_ids(params),
             grammar=self._grammar(params),
         )
-
-    def _truncated(self, token_ids: list[int], params: SamplingParams) -> list[int]:
-        keep = params.truncate_prompt_tokens
-        if keep is None or keep < 0:
-            keep = max(1, self.limits.max_model_len - (params.max_tokens or 1))
-        return token_ids[-keep:]
 
     def _bad_token_ids(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
         if not params.bad_words:

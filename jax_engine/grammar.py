@@ -18,11 +18,9 @@ from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_pa
 from jax_engine.errors import InvalidRequest
 from jax_engine.scheduler import Row
 from jax_engine.sequence import Sequence, Status
-from jax_engine.structured_outputs import StructuredOutputsParams
+from jax_engine.structured_outputs import WHITESPACE, StructuredOutputsParams
 from jax_engine.tokenizer import Tokenizer
 
-#: White space between the parts of JSON, unless the request says otherwise.
-WHITESPACE = r"(\r?\n)?[ \t]{0,40}"
 #: Compiled grammars kept for the next request with the same one.
 _CACHE_SIZE = 256
 #: Bounds on one compilation and on one mask, in llguidance's units: 50,000 and 14,000 a millisecond, about.

@@ -186,6 +186,13 @@ class SamplingParams:
                 _check_int("allowed_token_ids", token, 0, _INT32_MAX)
             object.__setattr__(self, "allowed_token_ids", ids)
 
+    def truncated(self, token_ids: list[int], max_model_len: int) -> list[int]:
+        """A prompt's tokens, as truncate_prompt_tokens has them."""
+        keep = self.truncate_prompt_tokens
+        if keep is None:
+            return token_ids
+        return token_ids[-(keep if keep > 0 else max(1, max_model_len - (self.max_tokens or 1))) :]
+
     @property
     def greedy(self) -> bool:
         """Whether the most likely token is taken, so that no randomness is used."""

@@ -13,6 +13,8 @@ from jax_engine.errors import InvalidRequest
 MAX_DESCRIPTION_BYTES = 256 * 1024
 MAX_SCHEMA_DEPTH = 64
 MAX_CHOICES = 1024
+#: White space between the parts of JSON, unless the request says otherwise.
+WHITESPACE = r"(\r?\n)?[ \t]{0,40}"
 _KINDS = ("json", "regex", "choice", "grammar", "json_object")
 _PARAM = "structured_outputs"
 

@@ -67,6 +67,11 @@ class Tokenizer(Protocol):
         """Tokens that control the model and are no text."""
         ...
 
+    @property
+    def chat_template(self) -> str | None:
+        """The source of the model's chat template."""
+        ...
+
     def encode(self, text: str, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
         """Token ids of a text.
 
@@ -185,6 +190,11 @@ class TextTokenizer:
     def special_token_ids(self) -> frozenset[int]:
         """Tokens that control the model and are no text."""
         return self._special_ids
+
+    @property
+    def chat_template(self) -> str | None:
+        """The source of the model's chat template."""
+        return self._chat_source
 
     @functools.cached_property
     def _plain(self) -> tokenizers.Tokenizer:

@@ -283,7 +283,7 @@ def test_grammars_that_cannot_be_compiled(fields):
     compiler = GrammarCompiler(ByteTokenizer(), 320, [257])
     with pytest.raises(InvalidRequest, match="structured_outputs") as refused:
         compiler.compile(StructuredOutputsParams(**fields))
-    assert len(str(refused.value)) < 700 and "/" not in str(refused.value).replace("#/", "").replace("https://", "")
+    assert len(str(refused.value)) < 700 and "\n" not in str(refused.value)
 
 
 def test_white_space_in_json_is_bounded():
