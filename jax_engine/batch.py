@@ -145,11 +145,13 @@ class StepResult(NamedTuple):
             every token.
         logprobs: (logprob [B], rank [B], top ids [B, K], top log-probabilities [B, K]) of the tokens.
         prompt_logprobs: the same of the prompt targets, [T] and [T, K].
+        hidden: [B, D] float32, the last hidden state of each row's last token; None where nobody asked for it.
     """
 
     tokens: list[int]
     logprobs: tuple[np.ndarray, ...] | None = None
     prompt_logprobs: tuple[np.ndarray, ...] | None = None
+    hidden: np.ndarray | None = None
 
 
 def no_adjustments(num_seqs: int) -> Adjustments:
@@ -245,6 +247,8 @@ class BatchBuilder:
             features |= Feature.BANS
         if params.allowed_token_ids is not None:
             features |= Feature.MASK
+        if sequence.request.embed:
+            features |= Feature.HIDDEN
         if sequence.request.grammar is not None:
             features |= Feature.DEFERRED
         self._features[sequence.slot] = features

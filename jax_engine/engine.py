@@ -102,8 +102,10 @@ class Engine:
         prompt: str | AbstractSequence[int],
         params: SamplingParams,
         priority: int = 0,
+        *,
+        embed: bool = False,
     ) -> Request:
-        """Tokenizes and checks; may be called from any thread.
+        """Tokenizes and checks; may be called from any thread. embed: see Request.
 
         Raises:
             InvalidRequest: this engine could never serve it.
@@ -125,6 +127,7 @@ class Engine:
             priority=priority,
             bad_token_ids=self._bad_token_ids(params),
             grammar=self._grammar(params),
+            embed=embed,
         )
 
     def _bad_token_ids(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
@@ -294,6 +297,9 @@ class Engine:
             else:
                 state.fail("the model gave a result that is not a number")
             return
+        if state.request.embed:
+            assert result.hidden is not None
+            state.embedding = _unit(result.hidden[delta.row])
         metrics = state.metrics
         if metrics.first_token_time is None:
             metrics.first_token_time = now
@@ -329,6 +335,11 @@ class Engine:
         for sequence in state.sequences:
             self._grammars.drop(sequence)
             self.metrics.requests[str(sequence.finish_reason)] += 1
+
+
+def _unit(vector: np.ndarray) -> np.ndarray:
+    """The vector made length 1."""
+    return vector / max(float(np.linalg.norm(vector)), 1e-12)
 
 
 def _position_logprobs(

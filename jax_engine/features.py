@@ -15,4 +15,5 @@ class Feature(enum.IntFlag):
     PROMPT_LOGPROBS = 32
     BANS = 64  # somebody has bad words
     MASK = 128  # somebody may choose among some tokens only
+    HIDDEN = 512  # somebody wants the hidden state of the prompt's last token
     DEFERRED = 256  # the step leaves sampling to a second program, which is given the mask of a grammar

@@ -51,6 +51,10 @@ class StepHandle:
         if Feature.PROMPT_LOGPROBS in features:
             self._prompt = output.prompt_logprobs
             _copy_to_host(self._prompt)
+        self._hidden = None
+        if Feature.HIDDEN in features:
+            self._hidden = output.hidden
+            _copy_to_host(self._hidden)
         self.logits: Any = output.logits
         if Feature.DEFERRED not in features:
             self.set_sampled(output.sampled)
@@ -69,8 +73,8 @@ class StepHandle:
 
     def result(self) -> StepResult:
         """Waits for the step and returns its result."""
-        tokens, logprobs, prompt = jax.device_get((self._tokens, self._logprobs, self._prompt))
-        return StepResult(tokens.tolist(), logprobs, prompt)
+        tokens, logprobs, prompt, hidden = jax.device_get((self._tokens, self._logprobs, self._prompt, self._hidden))
+        return StepResult(tokens.tolist(), logprobs, prompt, hidden)
 
 
 class ModelRunner:
@@ -112,7 +116,9 @@ class ModelRunner:
             size: self._put(np.full(size, -1, np.int32))
             for size in {bucket.num_tokens for bucket in buckets(self.limits)}
         }
-        self._no_constraints = {size: self._put(unconstrained(size, self.model_config.vocab_size)) for size in self._no_adjustments}
+        self._no_constraints = {
+            size: self._put(unconstrained(size, self.model_config.vocab_size)) for size in self._no_adjustments
+        }
         self._steps, self._samplers = self._compile()
 
     def dispatch(self, batch: Batch) -> StepHandle:

@@ -6,6 +6,8 @@ finds a stop string it says so, and the engine ends the sequence.
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from jax_engine.request import (
     CompletionOutput,
     FinishReason,
@@ -53,6 +55,7 @@ class OutputState:
         self._params = params
         self._prompt_token_ids = list(request.prompt_token_ids)
         self._tokenizer = tokenizer
+        self.embedding: np.ndarray | None = None
         self._error: str | None = None
         self._error_param: str | None = None
         self._completions = [
@@ -142,6 +145,7 @@ class OutputState:
             finished=finished,
             metrics=self.metrics,
             prompt_logprobs=self.prompt_logprobs,
+            embedding=self.embedding,
             error=self._error,
             error_param=self._error_param,
         )

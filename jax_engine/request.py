@@ -7,6 +7,8 @@ import enum
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from jax_engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ class Request:
         priority: lower is served first, where the policy looks at it.
         bad_token_ids: the token sequences of `sampling_params.bad_words`.
         grammar: `sampling_params.structured_outputs`, compiled.
+        embed: the prompt's embedding is wanted; the one token that is sampled has no meaning.
     """
 
     request_id: str
@@ -45,6 +48,7 @@ class Request:
     priority: int = 0
     bad_token_ids: tuple[tuple[int, ...], ...] = ()
     grammar: "Grammar | None" = None
+    embed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +96,7 @@ class RequestMetrics:
 class RequestOutput:
     """The state of one request, as handed to the caller. `finished` is true once every completion has ended.
 
+    `embedding`, of a request with `embed`: the last hidden state of the prompt's last token, [D] float32, of length 1.
     `error` says why a request failed inside; `error_param` names the parameter, where the request itself is at fault.
     """
 
@@ -103,5 +108,6 @@ class RequestOutput:
     metrics: RequestMetrics
     prompt_logprobs: list[PositionLogprobs | None] | None = None
     num_cached_tokens: int = 0
+    embedding: np.ndarray | None = None
     error: str | None = field(default=None)
     error_param: str | None = field(default=None)

@@ -27,12 +27,13 @@ class StepOutput:
 
     Attributes:
         sampled: a token per row, with its log-probabilities where anybody asked for them.
-        logits: [B, V] of each row's last token.
+        logits: [B, V] of each row's last token. hidden: [B, D] float32, the hidden state they were made of.
         prompt_logprobs: (logprob [T], rank [T], top ids [T, 20], top log-probabilities [T, 20]) of the prompt targets.
     """
 
     sampled: SamplerOutput
     logits: Array
+    hidden: Array
     prompt_logprobs: tuple[Array, Array, Array, Array]
 
 
@@ -77,11 +78,12 @@ def step(
     hidden, pool = model(ids, plan.positions, cache.pool, plan)
 
     last = jnp.maximum(query_starts[1:] - 1, 0)
-    logits = model.logits(hidden[last])
+    last_hidden = hidden[last]
+    logits = model.logits(last_hidden)
     sampled = sample(logits, _sampling_inputs(parts, token_ids, page_size, adjustments, constraints))
     prompt = prompt_logprobs(hidden, model.logits, prompt_targets, (features & Feature.PROMPT_LOGPROBS) != 0)
     last_tokens = cache.last_tokens.at[parts["slots"]].set(sampled.tokens)
-    return KVCache(pool, token_ids, last_tokens), StepOutput(sampled, logits, prompt)
+    return KVCache(pool, token_ids, last_tokens), StepOutput(sampled, logits, last_hidden.astype(jnp.float32), prompt)
 
 
 def sample_step(

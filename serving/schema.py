@@ -202,16 +202,25 @@ class CompletionRequest(GenerationRequest, kw_only=True):
         Raises:
             ApiError: 400, an empty list, or texts and token ids in one list.
         """
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        kinds = {type(part) for part in self.prompt}
-        if len(kinds) != 1:
-            raise bad_request(
-                "prompt must be a text, a list of texts, a list of token ids, or a list of lists of token ids, "
-                "and not be empty",
-                "prompt",
-            )
-        return [self.prompt] if kinds == {int} else self.prompt  # type: ignore[list-item,return-value]
+        return prompt_list(self.prompt, "prompt")
+
+
+def prompt_list(value: str | list[str | int | list[int]], name: str) -> list[str | list[int]]:
+    """One entry per prompt; `name` is the field's.
+
+    Raises:
+        ApiError: 400, an empty list, or texts and token ids in one list.
+    """
+    if isinstance(value, str):
+        return [value]
+    kinds = {type(part) for part in value}
+    if len(kinds) != 1:
+        raise bad_request(
+            f"{name} must be a text, a list of texts, a list of token ids, or a list of lists of token ids, "
+            "and not be empty",
+            name,
+        )
+    return [value] if kinds == {int} else value  # type: ignore[list-item,return-value]
 
 
 def parse[T: Body](body: bytes, schema: type[T]) -> T:
