@@ -11,6 +11,7 @@ from jax_engine.config import EngineConfig, Limits
 from jax_engine.errors import ConfigError, EngineError, EngineStopped, InvalidRequest, QueueFull
 from jax_engine.request import CompletionOutput, FinishReason, Logprob, RequestMetrics, RequestOutput
 from jax_engine.sampling_params import RequestOutputKind, SamplingParams
+from jax_engine.structured_outputs import StructuredOutputsParams
 
 if TYPE_CHECKING:
     from checkpoints.errors import CheckpointError
@@ -37,6 +38,7 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutputsParams",
 ]
 
 _LAZY = {

@@ -16,13 +16,13 @@ from jax_engine.config import EngineConfig, Limits
 from jax_engine.engine import Engine
 from jax_engine.errors import EngineError, EngineStopped, QueueFull
 from jax_engine.request import Request, RequestOutput
-from jax_engine.sampling_params import SamplingParams
+from jax_engine.sampling_params import RequestOutputKind, SamplingParams
 from jax_engine.start import start_engine
 from jax_engine.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
 
-#: Prompts longer than this are tokenized off the event loop.
+#: Prompts longer than this are tokenized off the event loop, as grammars are compiled.
 _LONG_PROMPT_CHARS = 4096
 
 
@@ -93,6 +93,7 @@ class AsyncEngine:
         request_id: str | None = None,
         *,
         priority: int = 0,
+        embed: bool = False,
     ) -> AsyncIterator[RequestOutput]:
         """Yields outputs as `sampling_params.output_kind` says, the last with `finished` set.
 
@@ -112,10 +113,11 @@ class AsyncEngine:
         done = False
         stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
         try:
-            if isinstance(prompt, str) and len(prompt) > _LONG_PROMPT_CHARS:
-                request = await asyncio.to_thread(make, request_id, prompt, sampling_params, priority)
+            long = isinstance(prompt, str) and len(prompt) > _LONG_PROMPT_CHARS
+            if long or sampling_params.structured_outputs is not None:
+                request = await asyncio.to_thread(make, request_id, prompt, sampling_params, priority, embed=embed)
             else:
-                request = make(request_id, prompt, sampling_params, priority)
+                request = make(request_id, prompt, sampling_params, priority, embed=embed)
             self._inbox.put(lambda: self._add(request, stream))
             while not done:
                 output = await stream.outputs.get()
@@ -127,6 +129,25 @@ class AsyncEngine:
             self._num_streams -= 1
             if not done:
                 self._inbox.put(lambda: self._abort(request_id, stream))
+
+    async def embed(self, prompt: str | AbstractSequence[int], *, truncate: bool = False) -> RequestOutput:
+        """The output that holds a prompt's `embedding`. truncate: keep the end of a prompt that is too long.
+
+        Raises:
+            InvalidRequest, QueueFull, EngineStopped: as for generate.
+        """
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=1,
+            detokenize=False,
+            truncate_prompt_tokens=-1 if truncate else None,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        stream = self.generate(prompt, params, embed=True)
+        try:
+            return await anext(stream)
+        finally:
+            await stream.aclose()  # type: ignore[attr-defined]
 
     async def abort(self, request_id: str) -> None:
         """Ends a request; its iterator gives a last output with finish_reason `abort`."""

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jax_engine.config import Limits
+from jax_engine.constraints import Constraints, ConstraintTable
 from jax_engine.features import Feature
 from jax_engine.sampling_params import MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS
 from jax_engine.scheduler import Schedule
@@ -64,7 +65,8 @@ class BatchLayout:
     """Where each part of a step lies in the packed int32 array.
 
     Parts, for T tokens, B sequences and P pages per sequence:
-        token_ids [T]: at least 0: the id; below 0: the token that slot -id - 1 sampled last.
+        token_ids [T]: at least 0: the id; below 0: the token that slot -id - 1 sampled last. It comes first, so that
+            what follows lies in the same way in all buckets of B sequences.
         query_starts [B + 1]: row i's tokens are [query_starts[i], query_starts[i + 1]).
         starts [B]: position of the row's first token.
         slots [B]: the row's slot; max_num_seqs for padding rows.
@@ -121,29 +123,35 @@ class Adjustments(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One step's work. Adjustments and prompt targets are None in the many steps that have none.
+    """One step's work. Adjustments, prompt targets and constraints are None in the many steps that have none.
 
     prompt_targets [T]: the prompt token that follows each token, -1 where its log-probability is not asked for.
+    deferred: some row has a grammar: sampling is a program of its own, which waits for the grammar's mask.
     """
 
     bucket: Bucket
     packed: np.ndarray
     adjustments: Adjustments | None
     prompt_targets: np.ndarray | None
+    constraints: Constraints | None = None
+    deferred: bool = False
 
 
 class StepResult(NamedTuple):
     """What came of a batch, on the host, an entry per row. Log-probabilities are None where nobody asked for any.
 
     Attributes:
-        tokens: B ids; scheduler.INVALID_TOKEN where the logits held a NaN.
+        tokens: B ids; scheduler.INVALID_TOKEN where the logits held a NaN, NO_TOKEN_ALLOWED where constraints exclude
+            every token.
         logprobs: (logprob [B], rank [B], top ids [B, K], top log-probabilities [B, K]) of the tokens.
         prompt_logprobs: the same of the prompt targets, [T] and [T, K].
+        hidden: [B, D] float32, the last hidden state of each row's last token; None where nobody asked for it.
     """
 
     tokens: list[int]
     logprobs: tuple[np.ndarray, ...] | None = None
     prompt_logprobs: tuple[np.ndarray, ...] | None = None
+    hidden: np.ndarray | None = None
 
 
 def no_adjustments(num_seqs: int) -> Adjustments:
@@ -155,13 +163,14 @@ def no_adjustments(num_seqs: int) -> Adjustments:
 class BatchBuilder:
     """Turns schedules into batches; keeps the tables by slot up to date from what the schedules say has changed."""
 
-    def __init__(self, limits: Limits):
+    def __init__(self, limits: Limits, vocab_size: int):
         self.limits = limits
         num_slots = limits.max_num_seqs
         self._settings = np.zeros((len(INT_FIELDS) + len(FLOAT_FIELDS), num_slots), np.int32)
         self._features = np.zeros(num_slots, np.int32)
         self._page_table = np.zeros((num_slots, limits.max_pages_per_seq), np.int32)
         self._adjustments: dict[int, Adjustments] = {}
+        self._constraints = ConstraintTable(vocab_size)
         self._layouts = {bucket: BatchLayout(bucket, limits.max_pages_per_seq) for bucket in buckets(limits)}
 
     def layout(self, bucket: Bucket) -> BatchLayout:
@@ -204,6 +213,10 @@ class BatchBuilder:
             packed,
             self._gather_adjustments(bucket.num_seqs, slots) if Feature.ADJUST in features else None,
             _prompt_targets(schedule, bucket.num_tokens) if Feature.PROMPT_LOGPROBS in features else None,
+            self._constraints.gather(
+                slots, bucket.num_seqs, bans=Feature.BANS in features, mask=Feature.MASK in features
+            ),
+            Feature.DEFERRED in features,
         )
 
     def _set_slot(self, sequence: Sequence) -> None:
@@ -229,6 +242,15 @@ class BatchBuilder:
             features |= Feature.LOGPROBS
         if params.prompt_logprobs is not None:
             features |= Feature.PROMPT_LOGPROBS
+        self._constraints.set_slot(sequence)
+        if sequence.request.bad_token_ids:
+            features |= Feature.BANS
+        if params.allowed_token_ids is not None:
+            features |= Feature.MASK
+        if sequence.request.embed:
+            features |= Feature.HIDDEN
+        if sequence.request.grammar is not None:
+            features |= Feature.DEFERRED
         self._features[sequence.slot] = features
 
     def _gather_adjustments(self, num_seqs: int, slots: np.ndarray) -> Adjustments:

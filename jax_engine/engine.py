@@ -8,18 +8,20 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence as AbstractSequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from jax_engine.batch import Batch, BatchBuilder, StepResult
 from jax_engine.config import EngineConfig, Limits
+from jax_engine.constraints import MAX_BAN_TOKENS
 from jax_engine.errors import InvalidRequest
+from jax_engine.grammar import Grammar, GrammarCompiler, GrammarStates
 from jax_engine.metrics import Metrics
 from jax_engine.output import OutputState
 from jax_engine.request import FinishReason, Logprob, PositionLogprobs, Request, RequestOutput
 from jax_engine.sampling_params import SamplingParams
-from jax_engine.scheduler import Row, Schedule, Scheduler, TokenDelta
+from jax_engine.scheduler import NO_TOKEN_ALLOWED, Row, Schedule, Scheduler, TokenDelta
 from jax_engine.sequence import Sequence
 from jax_engine.tokenizer import Tokenizer
 
@@ -43,6 +45,8 @@ class Runner(Protocol):
     limits: Limits
 
     def dispatch(self, batch: Batch) -> StepHandle: ...
+
+    def sample(self, handle: Any, batch: Batch, mask: np.ndarray) -> None: ...
 
 
 class Engine:
@@ -73,7 +77,9 @@ class Engine:
         self.scheduler = Scheduler(runner.limits, config.policy)
         self.metrics = Metrics(clock)
         self._runner = runner
-        self._builder = BatchBuilder(runner.limits)
+        self._builder = BatchBuilder(runner.limits, vocab_size)
+        self._grammars = GrammarStates(vocab_size)
+        self._compiler = GrammarCompiler(tokenizer, vocab_size, self.eos_token_ids) if tokenizer else None
         self._ring: deque[tuple[Schedule, StepHandle]] = deque()
         self._states: dict[str, OutputState] = {}
         self._seed = config.seed
@@ -96,8 +102,10 @@ class Engine:
         prompt: str | AbstractSequence[int],
         params: SamplingParams,
         priority: int = 0,
+        *,
+        embed: bool = False,
     ) -> Request:
-        """Tokenizes and checks; may be called from any thread.
+        """Tokenizes and checks; may be called from any thread. embed: see Request.
 
         Raises:
             InvalidRequest: this engine could never serve it.
@@ -108,6 +116,7 @@ class Engine:
             token_ids = self.tokenizer.encode(prompt)
         else:
             token_ids = list(prompt)
+        token_ids = params.truncated(token_ids, self.limits.max_model_len)
         self._check(token_ids, params)
         return Request(
             request_id=request_id,
@@ -116,7 +125,34 @@ class Engine:
             prompt=prompt if isinstance(prompt, str) else None,
             arrival_time=self.clock(),
             priority=priority,
+            bad_token_ids=self._bad_token_ids(params),
+            grammar=self._grammar(params),
+            embed=embed,
         )
+
+    def _bad_token_ids(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        if not params.bad_words:
+            return ()
+        if self.tokenizer is None:
+            raise InvalidRequest("the model has no tokenizer: bad_words cannot be turned into tokens", "bad_words")
+        found: dict[tuple[int, ...], None] = {}
+        for word in params.bad_words:
+            for text in (word.lstrip(), f" {word.lstrip()}"):
+                tokens = self.tokenizer.encode(text, add_special_tokens=False, parse_special=False)
+                if len(tokens) > MAX_BAN_TOKENS:
+                    raise InvalidRequest(
+                        f"bad_words: {text!r} is {len(tokens)} tokens long; at most {MAX_BAN_TOKENS} are allowed",
+                        "bad_words",
+                    )
+                found[tuple(tokens)] = None
+        return tuple(found)
+
+    def _grammar(self, params: SamplingParams) -> Grammar | None:
+        if params.structured_outputs is None:
+            return None
+        if self._compiler is None:
+            raise InvalidRequest("the model has no tokenizer: outputs cannot be structured", "structured_outputs")
+        return self._compiler.compile(params.structured_outputs)
 
     def _check(self, token_ids: list[int], params: SamplingParams) -> None:
         if not token_ids:
@@ -131,6 +167,7 @@ class Engine:
             ("prompt", token_ids),
             ("stop_token_ids", params.stop_token_ids or ()),
             ("logit_bias", params.logit_bias or ()),
+            ("allowed_token_ids", params.allowed_token_ids or ()),
         ):
             wrong = next((i for i in ids if type(i) is not int or not 0 <= i < self.vocab_size), None)
             if wrong is not None:
@@ -160,6 +197,7 @@ class Engine:
         ]
         for sequence in sequences:
             self.scheduler.add(sequence)
+            self._grammars.add(sequence)
         self._states[request.request_id] = OutputState(request, sequences, self.tokenizer)
 
     def abort(self, request_id: str) -> RequestOutput | None:
@@ -175,17 +213,39 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """One turn: dispatches a step if there is work for one; then, if the ring is full or there was no work, takes
         in the oldest step. Returns the outputs that changed."""
+        outputs: list[RequestOutput] = []
         schedule = self._timed("schedule", self.scheduler.schedule)
         if schedule.rows:
             batch = self._timed("build", self._builder.build, schedule)
             handle = self._timed("dispatch", self._runner.dispatch, batch)
             self._ring.append((schedule, handle))
             self._note_dispatch(schedule, batch)
+            if batch.deferred:  # its model runs; what a grammar allows next depends on the tokens of all steps before
+                while len(self._ring) > 1:
+                    outputs += self._take_oldest()
+                outputs += self._timed("grammar", self._sample, schedule, batch, handle)
         if not self._ring or (schedule.rows and len(self._ring) < self.limits.max_inflight_steps):
-            return []
+            return outputs
+        return outputs + self._take_oldest()
+
+    def _take_oldest(self) -> list[RequestOutput]:
         schedule, handle = self._ring.popleft()
         result = self._timed("wait", handle.result)
         return self._timed("commit", self._commit, schedule, result)
+
+    def _sample(self, schedule: Schedule, batch: Batch, handle: StepHandle) -> list[RequestOutput]:
+        """Dispatches the sampling of a deferred step; returns the outputs of requests whose grammar has come to an end
+        that is no match."""
+        mask, failed = self._grammars.masks(schedule.rows, batch.bucket.num_seqs)
+        self._runner.sample(handle, batch, mask)
+        changed = {}
+        for sequence, message in failed:
+            state = self._states[sequence.request.request_id]
+            state.fail(f"structured_outputs: {message}", "structured_outputs")
+            for sibling in state.sequences:
+                self.scheduler.finish(sibling, FinishReason.ERROR)
+            changed[state.request.request_id] = state
+        return self._outputs(changed.values())
 
     def _timed(self, phase: str, function: Callable, *args):
         idle = phase != "wait" and (not self._ring or self._ring[-1][1].is_ready())
@@ -215,8 +275,11 @@ class Engine:
             state = self._states[delta.sequence.request.request_id]
             changed[state.request.request_id] = state
             self._take_token(state, delta, result, now)
+        return self._outputs(changed.values())
+
+    def _outputs(self, changed: Iterable[OutputState]) -> list[RequestOutput]:
         outputs = []
-        for state in changed.values():
+        for state in changed:
             output = state.output()
             if output is None:
                 continue
@@ -228,8 +291,15 @@ class Engine:
     def _take_token(self, state: OutputState, delta: TokenDelta, result: StepResult, now: float) -> None:
         sequence = delta.sequence
         if sequence.finish_reason is FinishReason.ERROR:
-            state.fail("the model gave a result that is not a number")
+            if delta.token_id == NO_TOKEN_ALLOWED:
+                param = "allowed_token_ids" if state.request.grammar is None else "structured_outputs"
+                state.fail(f"{param}, bad_words, logit_bias and min_tokens together allow no token", param)
+            else:
+                state.fail("the model gave a result that is not a number")
             return
+        if state.request.embed:
+            assert result.hidden is not None
+            state.embedding = _unit(result.hidden[delta.row])
         metrics = state.metrics
         if metrics.first_token_time is None:
             metrics.first_token_time = now
@@ -240,7 +310,7 @@ class Engine:
             assert result.logprobs is not None
             logprobs = _position_logprobs(delta.token_id, wanted, *(part[delta.row] for part in result.logprobs))
         stop = state.append(sequence, delta.token_id, logprobs)
-        if stop is not None:
+        if stop is not None or self._grammars.accept(sequence, delta.token_id):
             self.scheduler.finish(sequence, FinishReason.STOP, stop)
 
     def _take_prompt_logprobs(self, rows: list[Row], arrays: tuple[np.ndarray, ...]) -> None:
@@ -263,7 +333,13 @@ class Engine:
         del self._states[state.request.request_id]
         state.metrics.finished_time = self.clock()
         for sequence in state.sequences:
+            self._grammars.drop(sequence)
             self.metrics.requests[str(sequence.finish_reason)] += 1
+
+
+def _unit(vector: np.ndarray) -> np.ndarray:
+    """The vector made length 1."""
+    return vector / max(float(np.linalg.norm(vector)), 1e-12)
 
 
 def _position_logprobs(

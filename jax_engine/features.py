@@ -13,3 +13,7 @@ class Feature(enum.IntFlag):
     ADJUST = 8  # somebody has a logit bias or a minimum length
     LOGPROBS = 16
     PROMPT_LOGPROBS = 32
+    BANS = 64  # somebody has bad words
+    MASK = 128  # somebody may choose among some tokens only
+    HIDDEN = 512  # somebody wants the hidden state of the prompt's last token
+    DEFERRED = 256  # the step leaves sampling to a second program, which is given the mask of a grammar

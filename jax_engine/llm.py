@@ -72,6 +72,16 @@ class LLM:
         Raises:
             InvalidRequest: a prompt or parameter is wrong; none of the prompts is run.
         """
+        return self._generate(prompts, sampling_params, use_tqdm)
+
+    def _generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        use_tqdm: bool,
+        *,
+        embed: bool = False,
+    ) -> list[RequestOutput]:
         if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
             prompts = [prompts]  # type: ignore[list-item]
         params = sampling_params if sampling_params is not None else SamplingParams()
@@ -81,7 +91,7 @@ class LLM:
         requests = []
         for prompt, own in zip(prompts, all_params, strict=True):
             own = dataclasses.replace(own, output_kind=RequestOutputKind.FINAL_ONLY)
-            requests.append(self._engine.make_request(str(self._num_requests), prompt, own))  # type: ignore[arg-type]
+            requests.append(self._engine.make_request(str(self._num_requests), prompt, own, embed=embed))  # type: ignore[arg-type]
             self._num_requests += 1
         for request in requests:
             self._engine.submit(request)
@@ -123,6 +133,15 @@ class LLM:
             for conversation in conversations
         ]
         return self.generate(prompts, sampling_params, use_tqdm)
+
+    def embed(self, prompts: Prompt | Sequence[Prompt], use_tqdm: bool = True) -> list[RequestOutput]:
+        """Turns prompts into vectors: the `embedding` of each output, the prompt's last hidden state, of length 1.
+
+        Raises:
+            InvalidRequest: a prompt is wrong; none of the prompts is run.
+        """
+        params = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
+        return self._generate(prompts, params, use_tqdm, embed=True)
 
     def _run(self, num_requests: int, use_tqdm: bool) -> dict[str, RequestOutput]:
         outputs: dict[str, RequestOutput] = {}

@@ -22,41 +22,60 @@ from checkpoints.known_models import default_cache_dir
 from checkpoints.loader import dummy, load
 from jax_engine.batch import Batch, BatchLayout, Bucket, StepResult, buckets, no_adjustments
 from jax_engine.config import EngineConfig, Limits, resolve
+from jax_engine.constraints import Constraints, unconstrained
 from jax_engine.errors import ConfigError
 from jax_engine.features import Feature
 from jax_engine.kv_cache import KVCache
 from jax_engine.models import read_config
 from jax_engine.program import ModelProgram, nested
+from jax_engine.sampler import SamplerOutput
 from jax_engine.step import StepOutput
 
 _log = logging.getLogger(__name__)
+
+_Compiled = tuple[BatchLayout, jax.stages.Compiled]
 
 #: KV pools on a CPU share its memory with everything else that runs there.
 _MAX_CPU_POOL_BYTES = 4 << 30
 
 
 class StepHandle:
-    """A dispatched step. Its result is on its way to the host from the moment it exists."""
+    """A dispatched step. Its result is on its way to the host from the moment it exists.
+
+    Attributes:
+        logits: of a deferred step that has not been sampled yet, else None.
+    """
 
     def __init__(self, output: StepOutput, features: Feature):
-        sampled = output.sampled
-        self._tokens = sampled.tokens
-        self._logprobs = self._prompt = None
-        if Feature.LOGPROBS in features:
-            self._logprobs = tuple(sampled[1:])
+        self._features = features
+        self._prompt = None
         if Feature.PROMPT_LOGPROBS in features:
             self._prompt = output.prompt_logprobs
-        for array in jax.tree.leaves((self._tokens, self._logprobs, self._prompt)):
-            array.copy_to_host_async()
+            _copy_to_host(self._prompt)
+        self._hidden = None
+        if Feature.HIDDEN in features:
+            self._hidden = output.hidden
+            _copy_to_host(self._hidden)
+        self.logits: Any = output.logits
+        if Feature.DEFERRED not in features:
+            self.set_sampled(output.sampled)
+
+    def set_sampled(self, sampled: SamplerOutput) -> None:
+        """Takes in what was sampled, once; the logits are given back."""
+        self.logits = None
+        self._tokens = sampled.tokens
+        self._logprobs = tuple(sampled[1:]) if Feature.LOGPROBS in self._features else None
+        _copy_to_host((self._tokens, self._logprobs))
 
     def is_ready(self) -> bool:
-        """Whether the device has finished the step; does not wait."""
-        return self._tokens.is_ready()  # pyright: ignore[reportAttributeAccessIssue]
+        """Whether the device has finished what was dispatched of the step; does not wait."""
+        last = self._tokens if self.logits is None else self.logits
+        return last.is_ready()  # pyright: ignore[reportAttributeAccessIssue]
 
     def result(self) -> StepResult:
         """Waits for the step and returns its result."""
-        tokens, logprobs, prompt = jax.device_get((self._tokens, self._logprobs, self._prompt))
-        return StepResult(tokens.tolist(), logprobs, prompt)
+        tokens, logprobs, prompt, hidden = jax.device_get((self._tokens, self._logprobs, self._prompt, self._hidden))
+        return StepResult(tokens.tolist(), logprobs, prompt, hidden)
 
 
 class ModelRunner:
@@ -99,21 +118,58 @@ class ModelRunner:
             size: self._put(np.full(size, -1, np.int32))
             for size in {bucket.num_tokens for bucket in buckets(self.limits)}
         }
-        self._steps = self._compile()
+        self._no_constraints = {
+            size: self._put(unconstrained(size, self.model_config.vocab_size)) for size in self._no_adjustments
+        }
+        self._steps, self._samplers = self._compile()
 
     def dispatch(self, batch: Batch) -> StepHandle:
         """Enqueues a step and returns at once."""
         layout, compiled = self._steps[batch.bucket]
-        adjustments, targets = batch.adjustments, batch.prompt_targets
+        targets = batch.prompt_targets
+        # A deferred step does not look at what its sampling is given later.
         self._cache, output = compiled(
             self.weights,
             self._cache,
             self._put(batch.packed),
-            self._no_adjustments[batch.bucket.num_seqs] if adjustments is None else self._put(adjustments),
+            self._adjustments(batch._replace(adjustments=None) if batch.deferred else batch),
             self._no_targets[batch.bucket.num_tokens] if targets is None else self._put(targets),
+            self._constraints(batch._replace(constraints=None) if batch.deferred else batch),
         )
         _, features = layout.unpack(batch.packed)["scalars"]
         return StepHandle(output, Feature(int(features)))
+
+    def sample(self, handle: StepHandle, batch: Batch, mask: np.ndarray) -> None:
+        """Enqueues the sampling of a deferred step, the last one dispatched, and returns at once.
+
+        Args:
+            mask: [B, ceil(V / 32)] of the rows' grammars; see grammar.GrammarStates.masks.
+        """
+        layout, compiled = self._samplers[batch.bucket.num_seqs]
+        packed = batch.packed[batch.bucket.num_tokens :].copy()
+        layout.unpack(packed)["scalars"][1] ^= Feature.DEFERRED
+        layout.unpack(packed)["scalars"][1] |= Feature.MASK
+        bans, allowed = batch.constraints or (None, None)
+        constraints = Constraints(bans, mask if allowed is None else mask & allowed)
+        last_tokens, sampled = compiled(
+            self._cache.token_ids,
+            self._cache.last_tokens,
+            self._put(packed),
+            handle.logits,
+            self._adjustments(batch),
+            self._constraints(batch._replace(constraints=constraints)),
+        )
+        self._cache = dataclasses.replace(self._cache, last_tokens=last_tokens)
+        handle.set_sampled(sampled)
+
+    def _adjustments(self, batch: Batch):
+        given = batch.adjustments
+        return self._no_adjustments[batch.bucket.num_seqs] if given is None else self._put(given)
+
+    def _constraints(self, batch: Batch) -> Constraints:
+        nothing = self._no_constraints[batch.bucket.num_seqs]
+        given = batch.constraints or Constraints(None, None)
+        return Constraints(*(n if g is None else self._put(g) for n, g in zip(nothing, given, strict=True)))
 
     def _put(self, arrays):
         return jax.device_put(arrays, self._replicated)
@@ -159,17 +215,30 @@ class ModelRunner:
                 f"max_model_len {limits.max_model_len}; lower max_model_len or give the pool more memory"
             )
 
-    def _compile(self) -> dict[Bucket, tuple[BatchLayout, jax.stages.Compiled]]:
+    def _compile(self) -> tuple[dict[Bucket, _Compiled], dict[int, _Compiled]]:
+        """The step of each bucket; the sampling of deferred steps for each number of sequences."""
         started = time.monotonic()
-        steps = {}
+        steps, samplers = {}, {}
         for bucket in tqdm(buckets(self.limits), desc="compiling buckets", unit="bucket", leave=False):
             steps[bucket] = self._compile_bucket(bucket, self.limits)
+            if bucket.num_seqs not in samplers:
+                samplers[bucket.num_seqs] = self._compile_sampler(bucket.num_seqs, steps[bucket][1])
         _log.info("compiled %d buckets in %.1f s", len(steps), time.monotonic() - started)
-        return steps
+        return steps, samplers
 
-    def _compile_bucket(self, bucket: Bucket, limits: Limits) -> tuple[BatchLayout, jax.stages.Compiled]:
+    def _compile_sampler(self, num_seqs: int, step: jax.stages.Compiled) -> _Compiled:
+        """The sampling of a deferred step; its logits are taken as `step` leaves them on the device."""
+        layout, lowered = self._program.lower_sampler(num_seqs, self.limits, step.output_shardings[1].logits)
+        return layout, lowered.compile()
+
+    def _compile_bucket(self, bucket: Bucket, limits: Limits) -> _Compiled:
         layout, lowered = self._program.lower(bucket, limits)
         return layout, lowered.compile()
+
+
+def _copy_to_host(arrays: Any) -> None:
+    for array in jax.tree.leaves(arrays):
+        array.copy_to_host_async()
 
 
 def count_compilations(callback) -> None:

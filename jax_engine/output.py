@@ -6,6 +6,8 @@ finds a stop string it says so, and the engine ends the sequence.
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from jax_engine.request import (
     CompletionOutput,
     FinishReason,
@@ -53,7 +55,9 @@ class OutputState:
         self._params = params
         self._prompt_token_ids = list(request.prompt_token_ids)
         self._tokenizer = tokenizer
+        self.embedding: np.ndarray | None = None
         self._error: str | None = None
+        self._error_param: str | None = None
         self._completions = [
             _Completion(
                 sequence,
@@ -71,9 +75,9 @@ class OutputState:
             return self.sequences[0].status is Status.FINISHED
         return all(sequence.status is Status.FINISHED for sequence in self.sequences)
 
-    def fail(self, message: str) -> None:
-        """Notes why the request failed; the caller reads it as RequestOutput.error."""
-        self._error = message
+    def fail(self, message: str, param: str | None = None) -> None:
+        """Notes why the request failed; the caller reads it as RequestOutput.error and error_param."""
+        self._error, self._error_param = message, param
 
     def append(self, sequence: Sequence, token: int, logprobs: PositionLogprobs | None) -> str | None:
         """Takes in an accepted token. Returns the stop string that it completed, if it did."""
@@ -141,7 +145,9 @@ class OutputState:
             finished=finished,
             metrics=self.metrics,
             prompt_logprobs=self.prompt_logprobs,
+            embedding=self.embedding,
             error=self._error,
+            error_param=self._error_param,
         )
 
     def _has_news(self, completion: _Completion) -> bool:

@@ -16,11 +16,12 @@ from jax.sharding import Mesh
 from checkpoints.weight_map import Wanted
 from jax_engine.batch import Adjustments, BatchLayout, Bucket, no_adjustments
 from jax_engine.config import Limits
+from jax_engine.constraints import unconstrained
 from jax_engine.kv_cache import KVCache, cache_shapes, page_bytes, state_bytes
 from jax_engine.model_config import ModelConfig
 from jax_engine.models import model_class
 from jax_engine.sharding import make_mesh, replicated, sharding_of
-from jax_engine.step import step
+from jax_engine.step import sample_step, step
 from pallas_kernels.ragged_paged_attention import api as attention_op
 
 
@@ -83,9 +84,25 @@ class ModelProgram:
                         jax.ShapeDtypeStruct((layout.size,), jnp.int32),
                         Adjustments(*no_adjustments(bucket.num_seqs)),
                         jax.ShapeDtypeStruct((bucket.num_tokens,), jnp.int32),
+                        unconstrained(bucket.num_seqs, self.model_config.vocab_size),
                     )
                 ),
             )
+        return layout, lowered
+
+    def lower_sampler(
+        self, num_seqs: int, limits: Limits, logits_sharding: Any
+    ) -> tuple[BatchLayout, jax.stages.Lowered]:
+        """The sampling of deferred steps of so many sequences; it takes what step.sample_step takes."""
+        layout = BatchLayout(Bucket(0, num_seqs, False), limits.max_pages_per_seq)
+        cache, vocab_size = self.cache_shapes(limits), self.model_config.vocab_size
+        lowered = jax.jit(functools.partial(sample_step, layout, limits.page_size), donate_argnums=1).lower(
+            cache.token_ids,
+            cache.last_tokens,
+            self._placed(jax.ShapeDtypeStruct((layout.size,), jnp.int32)),
+            jax.ShapeDtypeStruct((num_seqs, vocab_size), jnp.float32, sharding=logits_sharding),
+            *self._placed((Adjustments(*no_adjustments(num_seqs)), unconstrained(num_seqs, vocab_size))),
+        )
         return layout, lowered
 
     def _abstract_weights(self) -> dict[str, jax.ShapeDtypeStruct]:

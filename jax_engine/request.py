@@ -5,8 +5,14 @@ Field names of the outputs are vLLM's. Nothing here touches a device.
 
 import enum
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from jax_engine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from jax_engine.grammar import Grammar
 
 
 class FinishReason(enum.StrEnum):
@@ -29,6 +35,9 @@ class Request:
         prompt: the prompt's text, when it was given as text; carried through to the output.
         arrival_time: seconds on the engine's monotonic clock.
         priority: lower is served first, where the policy looks at it.
+        bad_token_ids: the token sequences of `sampling_params.bad_words`.
+        grammar: `sampling_params.structured_outputs`, compiled.
+        embed: the prompt's embedding is wanted; the one token that is sampled has no meaning.
     """
 
     request_id: str
@@ -37,6 +46,9 @@ class Request:
     prompt: str | None = None
     arrival_time: float = 0.0
     priority: int = 0
+    bad_token_ids: tuple[tuple[int, ...], ...] = ()
+    grammar: "Grammar | None" = None
+    embed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +94,11 @@ class RequestMetrics:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """The state of one request, as handed to the caller. `finished` is true once every completion has ended."""
+    """The state of one request, as handed to the caller. `finished` is true once every completion has ended.
+
+    `embedding`, of a request with `embed`: the last hidden state of the prompt's last token, [D] float32, of length 1.
+    `error` says why a request failed inside; `error_param` names the parameter, where the request itself is at fault.
+    """
 
     request_id: str
     prompt: str | None
@@ -92,4 +108,6 @@ class RequestOutput:
     metrics: RequestMetrics
     prompt_logprobs: list[PositionLogprobs | None] | None = None
     num_cached_tokens: int = 0
+    embedding: np.ndarray | None = None
     error: str | None = field(default=None)
+    error_param: str | None = field(default=None)

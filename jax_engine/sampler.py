@@ -29,7 +29,8 @@ _ONE = 0x3F800000  # the bits of 1.0f
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SamplingInputs:
-    """One row per sequence of the step. A axis: adjustments; S axis: positions.
+    """One row per sequence of the step. A axis: adjustments; S axis: positions; W and L axes: bans and their tokens;
+    M axis: words of 32 tokens.
 
     Attributes:
         temperature: below GREEDY_TEMPERATURE: greedy. top_p: 1 for off. min_p: 0 for off. top_k: below 1 for off.
@@ -39,6 +40,7 @@ class SamplingInputs:
         history: token ids by position, valid below `position`: the prompt, then the output.
         adjust_ids, adjust_values, adjust_until: `value` is added to the logit of `id` while position < `until`; an id
             below 0 is unused. Serves logit_bias (until: the largest int32) and min_tokens (value: -inf).
+        bans, mask: see constraints.Constraints.
         features: Feature bits.
     """
 
@@ -56,6 +58,8 @@ class SamplingInputs:
     adjust_ids: Int32[Array, "B A"]
     adjust_values: Float[Array, "B A"]
     adjust_until: Int32[Array, "B A"]
+    bans: Int32[Array, "B W L"]
+    mask: Int32[Array, "B M"]
     features: Int32[Array, ""]
 
 
@@ -63,7 +67,7 @@ class SamplerOutput(NamedTuple):
     """What a step chose. The log-probability fields are zero unless Feature.LOGPROBS is set.
 
     Attributes:
-        tokens: [B] int32; -1 where the row's logits hold NaN.
+        tokens: [B] int32; -1 where the row's logits hold NaN, -2 where every token is forbidden.
         logprob, rank: of the token, in the raw logits. rank is 1 + the number of likelier tokens.
         top_ids, top_logprobs: the likeliest tokens, likeliest first, lowest id first among equals; -1 and -inf where
             the vocabulary has no more.
@@ -80,18 +84,29 @@ def sample(logits: Float[Array, "B V"], inputs: SamplingInputs) -> SamplerOutput
     """Chooses one token per row.
 
     Order: repetition penalty (prompt and output; CTRL, arXiv 1909.05858), frequency and presence penalty (output),
-    adjustments, temperature, min_p, top_k, top_p (nucleus sampling, arXiv 1904.09751, on what min_p and top_k left),
-    then a draw by the exponential race, which is the Gumbel-max method with one logarithm less. Log-probabilities are
-    those of `logits` before all of this.
+    adjustments, bans and mask, temperature, min_p, top_k, top_p (nucleus sampling, arXiv 1904.09751, on what min_p and
+    top_k left), then a draw by the exponential race, which is the Gumbel-max method with one logarithm less.
+    Log-probabilities are those of `logits` before all of this.
 
     Truncation is exact on the float32 weights exp((x - max) / temperature): tokens of equal weight are kept or dropped
     together, so ties at a threshold are all kept; the token whose mass crosses top_p is kept.
 
+    With Feature.DEFERRED nothing is chosen, and all fields are zero: a call in another program follows.
+
     Args:
         logits: float32. Minus infinity forbids a token.
     """
+    shape = jax.eval_shape(_sample, logits, inputs)
+    return jax.lax.cond(
+        _has(inputs)(Feature.DEFERRED),
+        lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape),
+        lambda: _sample(logits, inputs),
+    )
+
+
+def _sample(logits, inputs):
     has = _has(inputs)
-    changed = has(Feature.RANDOM | Feature.PENALTIES | Feature.ADJUST)
+    changed = has(Feature.RANDOM | Feature.PENALTIES | Feature.ADJUST | Feature.BANS | Feature.MASK)
     tokens = jax.lax.cond(changed, lambda: _choose(logits, inputs), lambda: _argmax(logits))
     shape = jax.eval_shape(_logprobs, logits, tokens)
     parts = jax.lax.cond(
@@ -154,13 +169,14 @@ def _has(inputs):
 
 
 def _argmax(logits):
-    """Index of each row's first largest logit; -1 for a row with NaN.
+    """Index of each row's first largest logit; -1 for a row with NaN, -2 for one of minus infinities.
 
     Two plain passes: XLA's own argmax is several times slower on CPU.
     """
     top = logits.max(axis=-1, keepdims=True)
     ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
     first = jnp.where(logits == top, ids, logits.shape[1]).min(axis=-1)
+    first = jnp.where(top[:, 0] == -jnp.inf, -2, first)
     return jnp.where(jnp.isnan(top[:, 0]), -1, first)
 
 
@@ -169,6 +185,8 @@ def _choose(logits, inputs):
     has = _has(inputs)
     adjusted = jax.lax.cond(has(Feature.PENALTIES), lambda: _penalize(logits, inputs), lambda: logits)
     adjusted = jax.lax.cond(has(Feature.ADJUST), lambda: _adjust(adjusted, inputs), lambda: adjusted)
+    adjusted = jax.lax.cond(has(Feature.BANS), lambda: _ban(adjusted, inputs), lambda: adjusted)
+    adjusted = jax.lax.cond(has(Feature.MASK), lambda: _mask(adjusted, inputs), lambda: adjusted)
     likeliest = _argmax(adjusted)
     drawn = jax.lax.cond(has(Feature.RANDOM), lambda: _draw(adjusted, inputs), lambda: likeliest)
     greedy = (inputs.temperature < GREEDY_TEMPERATURE) | (likeliest < 0)
@@ -202,6 +220,24 @@ def _adjust(logits, inputs):
     ids = jnp.where(in_force, inputs.adjust_ids, vocab_size)
     rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
     return logits.at[rows, ids].add(inputs.adjust_values, mode="drop")
+
+
+def _ban(logits, inputs):
+    """Logits without the tokens that would complete one of a row's bans."""
+    batch, vocab_size = logits.shape
+    before, last = inputs.bans[:, :, :-1], inputs.bans[:, :, -1]
+    at = inputs.position[:, None] - before.shape[2] + jnp.arange(before.shape[2], dtype=jnp.int32)
+    tail = jnp.take_along_axis(inputs.history, jnp.maximum(at, 0), axis=1)
+    tail = jnp.where(at >= inputs.prompt_len[:, None], tail, -2)  # only the output counts
+    completes = ((before == tail[:, None]) | (before < 0)).all(axis=-1) & (last >= 0)
+    rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
+    return logits.at[rows, jnp.where(completes, last, vocab_size)].set(-jnp.inf, mode="drop")
+
+
+def _mask(logits, inputs):
+    """Logits without the tokens whose bit in the mask is not set."""
+    bits = (inputs.mask[:, :, None] >> jnp.arange(32, dtype=jnp.int32)) & 1
+    return jnp.where(bits.reshape(logits.shape[0], -1)[:, : logits.shape[1]] == 1, logits, -jnp.inf)
 
 
 def _draw(logits, inputs):

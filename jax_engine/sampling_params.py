@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from jax_engine.errors import InvalidRequest
+from jax_engine.structured_outputs import StructuredOutputsParams
 
 MAX_N = 128
 MAX_LOGPROBS = 20
@@ -17,6 +18,8 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIASES = 300
+MAX_BAD_WORDS = 64
+MAX_BAD_WORD_CHARS = 64
 _INT32_MAX = 2**31 - 1
 
 
@@ -48,8 +51,9 @@ class SamplingParams:
 
     The order in which they act on the float32 logits of a position: `repetition_penalty` (CTRL, arXiv 1909.05858,
     over prompt and output), `frequency_penalty` and `presence_penalty` (over output), `logit_bias` and the
-    `min_tokens` mask, `temperature`, `min_p`, `top_k`, `top_p` (nucleus sampling, arXiv 1904.09751). Log-probabilities
-    are those of the model's raw logits, before any of these.
+    `min_tokens` mask, `bad_words`, `allowed_token_ids` and `structured_outputs`, `temperature`, `min_p`, `top_k`,
+    `top_p` (nucleus sampling, arXiv 1904.09751). Log-probabilities are those of the model's raw logits, before any of
+    these.
 
     Attributes:
         n: completions per prompt.
@@ -68,6 +72,11 @@ class SamplingParams:
         prompt_logprobs: the same for each prompt token.
         detokenize: produce text. skip_special_tokens: leave special tokens out of the text.
         logit_bias: token id -> value in [-100, 100] added to its logit.
+        bad_words: texts that the output must not hold. Each is forbidden as the tokenizer writes it, with and without
+            a space before it; a text the model spells with other tokens is not found.
+        allowed_token_ids: the only tokens that may be chosen; end-of-sequence tokens are not among them unless named.
+        truncate_prompt_tokens: keep only so many of the prompt's last tokens; -1: as many as leave room for output.
+        structured_outputs: what the output has to match.
         output_kind: what the outputs of a stream hold; has no meaning offline.
 
     Raises:
@@ -94,6 +103,10 @@ class SamplingParams:
     detokenize: bool = True
     skip_special_tokens: bool = True
     logit_bias: Mapping[int, float] | None = None
+    bad_words: Sequence[str] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    truncate_prompt_tokens: int | None = None
+    structured_outputs: StructuredOutputsParams | None = None
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self) -> None:
@@ -117,8 +130,11 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), 0, MAX_LOGPROBS)
+        if self.truncate_prompt_tokens is not None and self.truncate_prompt_tokens != -1:
+            _check_int("truncate_prompt_tokens", self.truncate_prompt_tokens, 1, _INT32_MAX)
         self._freeze_stops()
         self._freeze_biases()
+        self._freeze_choices()
 
     def _freeze_stops(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -149,6 +165,33 @@ class SamplingParams:
             _check_int("logit_bias", token, 0, _INT32_MAX)
             _check_number("logit_bias", value, -100, 100, "[-100, 100]")
         object.__setattr__(self, "logit_bias", biases)
+
+    def _freeze_choices(self) -> None:
+        words = tuple(self.bad_words or ())
+        if len(words) > MAX_BAD_WORDS:
+            raise InvalidRequest(
+                f"bad_words holds {len(words)} words; at most {MAX_BAD_WORDS} are allowed", "bad_words"
+            )
+        for word in words:
+            if not isinstance(word, str) or not 0 < len(word.strip()) <= len(word) <= MAX_BAD_WORD_CHARS:
+                raise InvalidRequest(
+                    f"each of bad_words must be a text of 1 to {MAX_BAD_WORD_CHARS} characters", "bad_words"
+                )
+        object.__setattr__(self, "bad_words", words)
+        if self.allowed_token_ids is not None:
+            ids = tuple(self.allowed_token_ids)
+            if not ids:
+                raise InvalidRequest("allowed_token_ids is empty, so no token could be chosen", "allowed_token_ids")
+            for token in ids:
+                _check_int("allowed_token_ids", token, 0, _INT32_MAX)
+            object.__setattr__(self, "allowed_token_ids", ids)
+
+    def truncated(self, token_ids: list[int], max_model_len: int) -> list[int]:
+        """A prompt's tokens, as truncate_prompt_tokens has them."""
+        keep = self.truncate_prompt_tokens
+        if keep is None:
+            return token_ids
+        return token_ids[-(keep if keep > 0 else max(1, max_model_len - (self.max_tokens or 1))) :]
 
     @property
     def greedy(self) -> bool:

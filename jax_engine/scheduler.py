@@ -46,6 +46,8 @@ class TokenDelta(NamedTuple):
 
 #: What a step reports as the token of a row whose logits held a NaN.
 INVALID_TOKEN = -1
+#: And of a row whose constraints, taken together, allow no token.
+NO_TOKEN_ALLOWED = -2
 
 
 class Scheduler:
@@ -242,7 +244,7 @@ class Scheduler:
         return deltas
 
     def _append(self, sequence: Sequence, token: int) -> None:
-        if token == INVALID_TOKEN:
+        if token < 0:
             self.finish(sequence, FinishReason.ERROR)
             return
         sequence.token_ids.append(token)

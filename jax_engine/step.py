@@ -1,6 +1,7 @@
 """The step: one pure function from weights, cache and batch to new cache and sampled tokens.
 
-model_runner.py compiles it once per bucket, with the cache donated. Nothing here waits or reads back.
+model_runner.py compiles it once per bucket, with the cache donated. Where a row has a grammar, the step leaves the
+choice of tokens to `sample_step`, which is dispatched when the mask is known. Nothing here waits or reads back.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jax_engine.batch import FLOAT_FIELDS, INT_FIELDS, Adjustments, BatchLayout
+from jax_engine.constraints import Constraints
 from jax_engine.features import Feature
 from jax_engine.kv_cache import KVCache
 from jax_engine.layers.context import StepContext
@@ -26,10 +28,13 @@ class StepOutput:
 
     Attributes:
         sampled: a token per row, with its log-probabilities where anybody asked for them.
+        logits: [B, V] of each row's last token. hidden: [B, D] float32, the hidden state they were made of.
         prompt_logprobs: (logprob [T], rank [T], top ids [T, 20], top log-probabilities [T, 20]) of the prompt targets.
     """
 
     sampled: SamplerOutput
+    logits: Array
+    hidden: Array
     prompt_logprobs: tuple[Array, Array, Array, Array]
 
 
@@ -43,6 +48,7 @@ def step(
     packed: Int[Array, " size"],
     adjustments: Adjustments,
     prompt_targets: Int[Array, " T"],
+    constraints: Constraints,
 ) -> tuple[KVCache, StepOutput]:
     """Computes the batch's tokens and samples one token per row.
 
@@ -51,7 +57,7 @@ def step(
         device: what the program is for. All of these are static.
         weights: the model's weights as plain dicts.
         cache: donated; comes back updated.
-        packed: see BatchLayout. adjustments, prompt_targets: see Batch.
+        packed: see BatchLayout. adjustments, prompt_targets, constraints: see Batch.
     """
     model = nnx.merge(graph, weights)
     parts = layout.unpack(packed)
@@ -75,21 +81,46 @@ def step(
     hidden, pool = model(ids, cache.pool, context)
 
     last = jnp.maximum(query_starts[1:] - 1, 0)
-    history = parts["page_table"][:, :, None] * page_size + jnp.arange(page_size)
-    history = token_ids[history.reshape(history.shape[0], -1)]
-    sampled = sample(model.logits(hidden[last]), _sampling_inputs(parts, lengths, history, adjustments, features))
+    last_hidden = hidden[last]
+    logits = model.logits(last_hidden)
+    sampled = sample(logits, _sampling_inputs(parts, token_ids, page_size, adjustments, constraints))
     prompt = prompt_logprobs(hidden, model.logits, prompt_targets, (features & Feature.PROMPT_LOGPROBS) != 0)
     last_tokens = cache.last_tokens.at[parts["slots"]].set(sampled.tokens)
-    return KVCache(pool, token_ids, last_tokens), StepOutput(sampled, prompt)
+    return KVCache(pool, token_ids, last_tokens), StepOutput(sampled, logits, last_hidden.astype(jnp.float32), prompt)
+
+
+def sample_step(
+    layout: BatchLayout,
+    page_size: int,
+    token_ids: Int[Array, " places"],
+    last_tokens: Int[Array, " slots"],
+    packed: Int[Array, " size"],
+    logits: Float[Array, "B V"],
+    adjustments: Adjustments,
+    constraints: Constraints,
+) -> tuple[Int[Array, " slots"], SamplerOutput]:
+    """Samples what a deferred step left open.
+
+    Args:
+        layout: of a bucket of B sequences and no tokens. page_size: tokens in a page. Both static.
+        token_ids, last_tokens: of the cache after that step; last_tokens is donated.
+        packed: of that step, without its tokens, and without Feature.DEFERRED.
+        logits: of that step. adjustments, constraints: as for `step`, the grammars' masks among them.
+    """
+    parts = layout.unpack(packed)
+    sampled = sample(logits, _sampling_inputs(parts, token_ids, page_size, adjustments, constraints))
+    return last_tokens.at[parts["slots"]].set(sampled.tokens), sampled
 
 
 def _sampling_inputs(
     parts: dict[str, Array],
-    lengths: Int[Array, " B"],
-    history: Int[Array, "B S"],
+    token_ids: Int[Array, " places"],
+    page_size: int,
     adjustments: Adjustments,
-    features: Array,
+    constraints: Constraints,
 ) -> SamplingInputs:
+    query_starts = parts["query_starts"]
+    places = parts["page_table"][:, :, None] * page_size + jnp.arange(page_size)
     settings = parts["settings"]
     ints = dict(zip(INT_FIELDS, settings, strict=False))
     bits = settings[len(INT_FIELDS) :]
@@ -101,10 +132,12 @@ def _sampling_inputs(
         **floats,
         **ints,
         seed=jax.lax.bitcast_convert_type(seed, jnp.uint32),
-        position=lengths,
-        history=history,
+        position=parts["starts"] + query_starts[1:] - query_starts[:-1],
+        history=token_ids[places.reshape(places.shape[0], -1)],
         adjust_ids=adjustments.ids,
         adjust_values=adjustments.values,
         adjust_until=adjustments.until,
-        features=features,
+        bans=constraints.bans,
+        mask=constraints.mask,
+        features=parts["scalars"][1],
     )

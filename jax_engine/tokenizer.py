@@ -62,6 +62,16 @@ class Tokenizer(Protocol):
         """The token that begins a text."""
         ...
 
+    @property
+    def special_token_ids(self) -> frozenset[int]:
+        """Tokens that control the model and are no text."""
+        ...
+
+    @property
+    def chat_template(self) -> str | None:
+        """The source of the model's chat template."""
+        ...
+
     def encode(self, text: str, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
         """Token ids of a text.
 
@@ -175,6 +185,16 @@ class TextTokenizer:
     def bos_token_id(self) -> int | None:
         """The token that begins a text."""
         return self._bos_token_id
+
+    @property
+    def special_token_ids(self) -> frozenset[int]:
+        """Tokens that control the model and are no text."""
+        return self._special_ids
+
+    @property
+    def chat_template(self) -> str | None:
+        """The source of the model's chat template."""
+        return self._chat_source
 
     @functools.cached_property
     def _plain(self) -> tokenizers.Tokenizer:

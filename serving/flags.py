@@ -34,10 +34,13 @@ _SAMPLING_HELP = {
     "logprobs": "With --json: how many of the most likely tokens to report.",
     "prompt_logprobs": "With --json: the same for the prompt's tokens.",
     "skip_special_tokens": "Leave special tokens out of the text.",
+    "bad_words": "Texts that the output must not hold, comma-separated.",
+    "allowed_token_ids": "The only tokens that may be chosen, comma-separated.",
+    "truncate_prompt_tokens": "Keep only so many of the prompt's last tokens; -1: as many as leave room for output.",
 }
 
 #: Decided by the command itself, or of no use on a command line. The engine's own seed is the one of these requests.
-NOT_SAMPLING_FLAGS = ("seed", "detokenize", "output_kind", "logit_bias")
+NOT_SAMPLING_FLAGS = ("seed", "detokenize", "output_kind", "logit_bias", "structured_outputs")
 
 
 class UsageError(Exception):

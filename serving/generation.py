@@ -14,7 +14,7 @@ from aiohttp import web
 
 from jax_engine import RequestOutput, SamplingParams
 from serving.errors import ApiError, bad_request, internal_error, log
-from serving.schema import GenerationRequest, parse
+from serving.schema import Body, parse
 from serving.state import STATE, ServerState
 
 #: Texts longer than this are tokenized off the event loop; shorter ones take less time than the change of thread.
@@ -39,6 +39,12 @@ class Job:
     params: SamplingParams
     priority: int = 0
 
+    def __post_init__(self) -> None:
+        if self.params.truncate_prompt_tokens is not None:
+            longest = self.state.engine.limits.max_model_len
+            kept = [Prompt(self.params.truncated(list(prompt.token_ids), longest)) for prompt in self.prompts]
+            object.__setattr__(self, "prompts", kept)
+
     async def outputs(self) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         """(index of the prompt, output) as the engine yields them.
 
@@ -52,6 +58,8 @@ class Job:
             streams = _merge([self._one(index) for index in range(len(self.prompts))])
         async with contextlib.aclosing(streams):
             async for index, output in streams:
+                if output.error is not None and output.error_param is not None:
+                    raise bad_request(output.error, output.error_param, "no_token_allowed")
                 if output.error is not None:
                     log.error("request %s failed in the engine: %s", output.request_id, output.error)
                     raise internal_error()
@@ -133,7 +141,7 @@ class Usage:
         }
 
 
-async def read_request[T: GenerationRequest](request: web.Request, schema: type[T]) -> tuple[T, str]:
+async def read_request[T: Body](request: web.Request, schema: type[T]) -> tuple[T, str]:
     """The checked body and the served model name.
 
     Raises:

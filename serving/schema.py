@@ -1,6 +1,8 @@
-"""The JSON bodies of completions and chat completions: types, what is refused, and what they become in SamplingParams.
+"""The JSON bodies of requests that generate: the fields they share, completions, and what becomes of them in
+SamplingParams.
 
-Called by the routes through `parse`. Ranges are checked by SamplingParams, not here. `null` means the default.
+Called by the routes through `parse`; chat_schema.py adds chat completions. Ranges are checked by SamplingParams, not
+here. `null` means the default.
 """
 
 import re
@@ -9,13 +11,20 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from jax_engine import RequestOutputKind, SamplingParams
+from jax_engine import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from serving import unsupported
 from serving.errors import bad_request
 
-#: Variables a client may pass to the model's chat template.
-CHAT_TEMPLATE_KWARGS = frozenset({"enable_thinking", "thinking", "reasoning_effort", "date_string"})
 DEFAULT_COMPLETION_TOKENS = 16
+
+
+class Body(msgspec.Struct, kw_only=True):
+    """A request body that names a model."""
+
+    model: str | None = None
+
+    def check(self) -> None:
+        """Refuses fields that contradict each other."""
 
 
 class StreamOptions(msgspec.Struct, kw_only=True):
@@ -25,10 +34,57 @@ class StreamOptions(msgspec.Struct, kw_only=True):
     continuous_usage_stats: bool | None = None
 
 
-class GenerationRequest(msgspec.Struct, kw_only=True):
+class StructuredOutputs(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """vLLM's `structured_outputs`; see StructuredOutputsParams."""
+
+    json: str | bool | dict[str, Any] | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool | None = None
+    whitespace_pattern: str | None = None
+
+    def to_params(self) -> StructuredOutputsParams:
+        """The same, checked."""
+        fields: Any = {name: value for name, value in msgspec.structs.asdict(self).items() if value is not None}
+        return StructuredOutputsParams(**fields)
+
+
+class JsonSchema(msgspec.Struct, kw_only=True):
+    """OpenAI's wrapping of a JSON schema. `strict` changes nothing: the schema is always kept."""
+
+    name: str
+    schema: dict[str, Any] | bool = {}
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """OpenAI's `response_format`."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def to_params(self) -> StructuredOutputsParams | None:
+        """What the output has to match.
+
+        Raises:
+            ApiError: 400, there is no schema.
+            InvalidRequest: the schema is too large.
+        """
+        if self.type == "text":
+            return None
+        if self.type == "json_object":
+            return StructuredOutputsParams(json_object=True)
+        if self.json_schema is None:
+            raise bad_request("response_format of type json_schema needs json_schema", "response_format")
+        return StructuredOutputsParams(json=self.json_schema.schema)
+
+
+class GenerationRequest(Body, kw_only=True):
     """The fields that completions and chat completions share, under OpenAI's names and vLLM's."""
 
-    model: str | None = None
     max_tokens: int | None = None
     max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
     temperature: float | None = None
@@ -53,6 +109,13 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
+    bad_words: list[str] | None = None
+    allowed_token_ids: list[int] | None = None
+    truncate_prompt_tokens: int | None = None
+    structured_outputs: StructuredOutputs | None = None
+    response_format: ResponseFormat | None = None
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
+    user: Annotated[str, Meta(max_length=512)] | None = None
 
     def check(self) -> None:
         """Refuses fields that contradict each other.
@@ -78,9 +141,23 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
         kind = RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY
         values: dict[str, Any] = {name: getattr(self, name) for name in _SAMPLING_FIELDS}
         values["logit_bias"] = self._logit_bias()
+        values["structured_outputs"] = self.output_form()
         values |= overrides
         given: Any = {name: value for name, value in values.items() if value is not None or name == "max_tokens"}
         return SamplingParams(detokenize=detokenize, output_kind=kind, **given)
+
+    def output_form(self) -> StructuredOutputsParams | None:
+        """What the output has to match, where anything is asked for.
+
+        Raises:
+            ApiError: 400, it is asked for in two ways.
+        """
+        form = None if self.response_format is None else self.response_format.to_params()
+        if self.structured_outputs is None:
+            return form
+        if form is not None:
+            raise bad_request("structured_outputs and response_format exclude each other", "structured_outputs")
+        return self.structured_outputs.to_params()
 
     def _logit_bias(self) -> dict[int, float] | None:
         if self.logit_bias is None:
@@ -125,83 +202,28 @@ class CompletionRequest(GenerationRequest, kw_only=True):
         Raises:
             ApiError: 400, an empty list, or texts and token ids in one list.
         """
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        kinds = {type(part) for part in self.prompt}
-        if len(kinds) != 1:
-            raise bad_request(
-                "prompt must be a text, a list of texts, a list of token ids, or a list of lists of token ids, "
-                "and not be empty",
-                "prompt",
-            )
-        return [self.prompt] if kinds == {int} else self.prompt  # type: ignore[list-item,return-value]
+        return prompt_list(self.prompt, "prompt")
 
 
-class Message(msgspec.Struct, kw_only=True):
-    """One message of a conversation. What content may hold beside text is the chat template's business."""
+def prompt_list(value: str | list[str | int | list[int]], name: str) -> list[str | list[int]]:
+    """One entry per prompt; `name` is the field's.
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[dict[str, Any]] | None = None
-    name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
-    tool_call_id: str | None = None
-
-    def to_template(self) -> dict[str, Any]:
-        """The message without its empty fields; `developer` is the newer name of `system`.
-
-        Raises:
-            ApiError: 400, the content is missing.
-        """
-        if self.content is None and not self.tool_calls:
-            raise bad_request(f"the content of a message of role {self.role} is missing", "messages")
-        fields = {name: value for name, value in msgspec.structs.asdict(self).items() if value is not None}
-        return fields | {"role": "system" if self.role == "developer" else self.role}
-
-
-class ChatRequest(GenerationRequest, kw_only=True):
-    """Body of POST /v1/chat/completions."""
-
-    messages: Annotated[list[Message], Meta(min_length=1)]
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, str | bool | int | float | None] | None = None
-
-    def check(self) -> None:
-        """See GenerationRequest.check."""
-        super().check()
-        if self.top_logprobs and not self.logprobs:
-            raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
-        if self.continue_final_message and self.add_generation_prompt:
-            raise bad_request(
-                "continue_final_message and add_generation_prompt exclude each other", "continue_final_message"
-            )
-        for name in self.chat_template_kwargs or ():
-            if name not in CHAT_TEMPLATE_KWARGS:
-                allowed = ", ".join(sorted(CHAT_TEMPLATE_KWARGS))
-                raise bad_request(f"chat_template_kwargs may hold {allowed}; got {name!r}", "chat_template_kwargs")
-
-    def to_sampling_params(self, *, detokenize: bool) -> SamplingParams:
-        """See `sampling_params`; as many tokens as fit unless asked otherwise."""
-        return self.sampling_params(
-            detokenize=detokenize,
-            max_tokens=self.max_completion_tokens or self.max_tokens,
-            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+    Raises:
+        ApiError: 400, an empty list, or texts and token ids in one list.
+    """
+    if isinstance(value, str):
+        return [value]
+    kinds = {type(part) for part in value}
+    if len(kinds) != 1:
+        raise bad_request(
+            f"{name} must be a text, a list of texts, a list of token ids, or a list of lists of token ids, "
+            "and not be empty",
+            name,
         )
-
-    def template_options(self) -> dict[str, Any]:
-        """The keyword arguments of Tokenizer.chat_prompt."""
-        continued = bool(self.continue_final_message)
-        generation = not continued if self.add_generation_prompt is None else self.add_generation_prompt
-        return {
-            "add_generation_prompt": generation,
-            "continue_final_message": continued,
-            **(self.chat_template_kwargs or {}),
-        }
+    return [value] if kinds == {int} else value  # type: ignore[list-item,return-value]
 
 
-def parse[T: GenerationRequest](body: bytes, schema: type[T]) -> T:
+def parse[T: Body](body: bytes, schema: type[T]) -> T:
     """Decodes and checks a request body.
 
     Raises:

@@ -19,6 +19,7 @@ from aiohttp import web
 from jax_engine import ConfigError
 from serving.app import MAX_BODY_BYTES, create_app
 from serving.state import STATE, ServerState
+from serving.tools.formats import REASONING_MARKS, TOOL_FORMATS
 
 if TYPE_CHECKING:
     from jax_engine import AsyncEngine
@@ -53,7 +54,18 @@ class ServerOptions:
     )
     max_body_mib: int = field(default=MAX_BODY_BYTES // 2**20, metadata={"help": "Largest request body, in MiB."})
 
+    tool_call_parser: str = field(
+        default="auto",
+        metadata={"help": "How the model writes tool calls: auto (by its chat template), none, hermes, ..."},
+    )
+    reasoning_parser: str = field(
+        default="auto", metadata={"help": "How the model marks its reasoning: auto, none, think (<think>), mistral."}
+    )
+
     def __post_init__(self) -> None:
+        for name, allowed in (("tool_call_parser", TOOL_FORMATS), ("reasoning_parser", REASONING_MARKS)):
+            if getattr(self, name) not in ("auto", "none", *allowed):
+                raise ConfigError(f"{name} must be auto, none, {', '.join(allowed)}; got {getattr(self, name)!r}")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be in [0, 65535], got {self.port}")
         if not 0 <= self.drain_timeout_s < math.inf:
@@ -128,6 +140,8 @@ async def run_server(
         served_model_names=options.served_model_name,
         api_keys=keys,
         max_body_bytes=options.max_body_mib * 2**20,
+        tool_call_parser=options.tool_call_parser,
+        reasoning_parser=options.reasoning_parser,
     )
     access_log = logging.getLogger("aiohttp.access") if log.isEnabledFor(logging.DEBUG) else None
     runner = web.AppRunner(app, handler_cancellation=True, access_log=access_log, shutdown_timeout=_ABORT_GRACE_S)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import web
 
 from serving.errors import ApiError, unavailable
+from serving.tools.formats import OutputFormat
 
 if TYPE_CHECKING:
     from jax_engine import AsyncEngine
@@ -31,6 +32,7 @@ class ServerState:
         keep_alive_s: silence after which a stream gets a comment.
         draining: no new requests are taken.
         live: request ids now in the engine.
+        output_format: how the model writes tool calls and reasoning.
     """
 
     engine: "AsyncEngine"
@@ -41,6 +43,7 @@ class ServerState:
     keep_alive_s: float = 15.0
     draining: bool = False
     live: set[str] = field(default_factory=set)
+    output_format: OutputFormat = field(default_factory=OutputFormat)
 
     def check_open(self) -> None:
         """Raises ApiError 503 when no request can be taken."""

@@ -6,13 +6,13 @@ its own stream: each write waits for room in the socket's buffer.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator
-from typing import Any
+from collections.abc import AsyncGenerator, Callable
+from typing import Any, NamedTuple
 
 import msgspec
 from aiohttp import web
 
-from serving.errors import to_api_error
+from serving.errors import ApiError, to_api_error
 
 _HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _KEEP_ALIVE = b": keep-alive\n\n"
@@ -23,10 +23,39 @@ _encoder = msgspec.json.Encoder()
 Events = list[dict[str, Any]]
 
 
+def _openai_error(error: ApiError) -> dict[str, Any]:
+    return error.body()
+
+
+class Framing(NamedTuple):
+    """How a protocol frames its events.
+
+    Attributes:
+        named: each event has its `type` as the event's name.
+        done: sent after the last one.
+        error: the event of a failure that comes too late for a status.
+    """
+
+    named: bool = False
+    done: bytes = _DONE
+    error: Callable[[ApiError], dict[str, Any]] = _openai_error
+
+    def encode(self, event: dict[str, Any]) -> bytes:
+        """One event."""
+        data = b"data: %b\n\n" % _encoder.encode(event)
+        return b"event: %b\n%b" % (str(event["type"]).encode(), data) if self.named else data
+
+
+OPENAI = Framing()
+
+
 async def stream_events(
-    request: web.Request, events: AsyncGenerator[Events, None], keep_alive_s: float
+    request: web.Request,
+    events: AsyncGenerator[Events, None],
+    keep_alive_s: float,
+    framing: Framing = OPENAI,
 ) -> web.StreamResponse:
-    """Sends events until they end, then `[DONE]`. Closes `events` in any case.
+    """Sends events until they end, then what the framing ends with. Closes `events` in any case.
 
     Raises:
         Exception: what `events` raised before the first one, while an answer with a status is still possible. Later
@@ -36,7 +65,7 @@ async def stream_events(
     keep_alive = asyncio.create_task(_keep_alive(stream, keep_alive_s))
     try:
         async with contextlib.aclosing(events):
-            await _send_all(stream, events)
+            await _send_all(stream, events, framing)
     except ConnectionError:
         pass  # the client went away; the engine's requests have been closed
     finally:
@@ -45,18 +74,18 @@ async def stream_events(
     return stream.response
 
 
-async def _send_all(stream: "_EventStream", events: AsyncGenerator[Events, None]) -> None:
+async def _send_all(stream: "_EventStream", events: AsyncGenerator[Events, None], framing: Framing) -> None:
     try:
         async for group in events:
             if group:
-                await stream.write(b"".join([b"data: %b\n\n" % _encoder.encode(event) for event in group]))
+                await stream.write(b"".join([framing.encode(event) for event in group]))
     except ConnectionError:
         raise
     except Exception as error:
         if not stream.opened:
             raise
-        await stream.write(b"data: %b\n\n" % _encoder.encode(to_api_error(error).body()))
-    await stream.write(_DONE)
+        await stream.write(framing.encode(framing.error(to_api_error(error))))
+    await stream.write(framing.done)
     await stream.response.write_eof()
 
 

@@ -14,9 +14,9 @@ from serving.errors import bad_request
 #: Accepted, without effect: they choose nothing about the text.
 IGNORED = frozenset(
     {
-        "metadata", "moderation", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_options",
-        "prompt_cache_retention", "reasoning_effort", "request_id", "safety_identifier", "service_tier",
-        "spaces_between_special_tokens", "store", "user", "verbosity",
+        "metadata", "moderation", "prediction", "prompt_cache_key", "prompt_cache_options",
+        "prompt_cache_retention", "request_id", "safety_identifier", "service_tier",
+        "spaces_between_special_tokens", "store", "verbosity",
     }
 )  # fmt: skip
 
@@ -28,7 +28,6 @@ _Fields = Mapping[str, Any]
 
 #: Field -> whether its value asks for nothing that we do not do. A missing or null field is always allowed.
 _ALLOWED_VALUES: dict[str, Callable[[Any, _Fields], bool]] = {
-    "response_format": lambda value, _: value == {"type": "text"},
     "tools": lambda value, _: value == [],
     "functions": lambda value, _: value == [],
     "tool_choice": lambda value, _: value in ("none", "auto"),
@@ -38,7 +37,6 @@ _ALLOWED_VALUES: dict[str, Callable[[Any, _Fields], bool]] = {
     "use_beam_search": lambda value, _: value is False,
     "echo": lambda value, _: value is False,
     "suffix": lambda value, _: value == "",
-    "bad_words": lambda value, _: value == [],
     "top_logprobs": lambda value, _: value == 0,
     "add_generation_prompt": lambda value, _: value is True,
     "continue_final_message": lambda value, _: value is False,

@@ -10,7 +10,7 @@ import pytest
 from jax_engine.sampler import Feature, SamplingInputs, _least_weight, prompt_logprobs, sample
 
 V, S, A, B = 61, 24, 6, 6
-ALL = ~Feature(0)
+ALL = ~Feature.DEFERRED
 MAX_INT = 2**31 - 1
 run = jax.jit(sample)
 
@@ -18,7 +18,16 @@ run = jax.jit(sample)
 def make_inputs(features, batch=B, **fields) -> SamplingInputs:
     """Neutral inputs of `batch` rows; a field may be one value for all rows or an array."""
     shapes = {"seed": (2,), "history": (S,), "adjust_ids": (A,), "adjust_values": (A,), "adjust_until": (A,)}
-    neutral = {"top_p": 1, "repetition_penalty": 1, "adjust_ids": -1, "position": S - 1, "prompt_len": S // 2}
+    shapes |= {"bans": (3, 4), "mask": (-(-V // 32),)}
+    neutral = {
+        "bans": -1,
+        "mask": -1,
+        "top_p": 1,
+        "repetition_penalty": 1,
+        "adjust_ids": -1,
+        "position": S - 1,
+        "prompt_len": S // 2,
+    }
     made = {}
     for field in dataclasses.fields(SamplingInputs):
         kind = field.type.__name__.split("[")[0]
@@ -70,6 +79,42 @@ def test_a_greedy_row_is_the_same_in_a_mixed_batch():
     tokens = np.asarray(run(logits, make_inputs(Feature.RANDOM, temperature=temperature)).tokens)
     greedy = temperature < 1e-5
     np.testing.assert_array_equal(tokens[greedy], logits.argmax(axis=1)[greedy])
+
+
+def test_bans():
+    rng = np.random.default_rng(20)
+    logits, history = draw_logits(20), rng.integers(0, 3, (B, S))  # few ids, so that prefixes match often
+    position, prompt_len = rng.integers(3, S, B), rng.integers(1, 6, B)
+    bans = rng.integers(0, 3, (B, 3, 4))
+    bans[:, :, -1] = rng.integers(0, V, (B, 3))
+    for row in bans.reshape(-1, 4):
+        row[: rng.integers(1, 4)] = -1
+    bans[0, 1] = -1  # unused
+    logits[np.arange(B), bans[:, 0, -1]] = 40
+    inputs = make_inputs(Feature.BANS, position=position, prompt_len=prompt_len, history=history, bans=bans)
+    wanted = logits.copy()
+    for b in range(B):
+        output = history[b, prompt_len[b] : position[b]].tolist()
+        for *before, last in bans[b].tolist():
+            before = [token for token in before if token >= 0]
+            if last >= 0 and before == output[len(output) - len(before) :]:
+                wanted[b, last] = -np.inf
+    tokens = np.asarray(run(logits, inputs).tokens)
+    np.testing.assert_array_equal(tokens, wanted.argmax(axis=1))
+    assert (tokens != logits.argmax(axis=1)).any() and (tokens == logits.argmax(axis=1)).any()
+
+
+def test_masks_and_rows_without_a_choice():
+    rng = np.random.default_rng(21)
+    logits, allowed = draw_logits(21), rng.random((B, 64)) < 0.3
+    allowed[4] = False
+    mask = np.packbits(allowed, axis=1, bitorder="little").view(np.int32)
+    wanted = np.where(allowed[:, :V], logits, -np.inf).argmax(axis=1)
+    wanted[4] = -2
+    np.testing.assert_array_equal(np.asarray(run(logits, make_inputs(Feature.MASK, mask=mask)).tokens), wanted)
+    drawn = make_inputs(Feature.MASK | Feature.RANDOM, mask=mask, temperature=5, seed=rng.integers(0, 99, (B, 2)))
+    tokens = np.asarray(run(logits, drawn).tokens)
+    assert tokens[4] == -2 and all(allowed[row, token] for row, token in enumerate(tokens) if row != 4)
 
 
 def test_penalties():

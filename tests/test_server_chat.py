@@ -96,7 +96,8 @@ async def test_template_variables(monkeypatch):
     original = ByteTokenizer.chat_prompt
     monkeypatch.setattr(ByteTokenizer, "chat_prompt", chat_prompt)
     await post(FakeAsyncEngine(), {"max_tokens": 1, "chat_template_kwargs": {"enable_thinking": False}})
-    assert seen == {"add_generation_prompt": True, "continue_final_message": False, "enable_thinking": False}
+    options = {"add_generation_prompt": True, "continue_final_message": False, "tools": None}
+    assert seen == options | {"enable_thinking": False}
 
 
 async def test_stream_frames():

@@ -12,6 +12,7 @@ from jax_engine.testing.byte_tokenizer import ByteTokenizer
 from jax_engine.testing.fake_engine import FakeAsyncEngine
 from serving.app import create_app
 
+TOOL = {"type": "function", "function": {"name": "f"}}
 MESSAGES = [{"role": "user", "content": "hello"}]
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
@@ -78,12 +79,33 @@ async def post_for_error(engine, path, body, status=400, **options):
         ({}, "prompt"),
         ({"prompt": "x", "suffix": "y"}, "suffix"),
         ({"prompt": "x", "best_of": 2}, "best_of"),
-        ({"prompt": "x", "response_format": {"type": "json_object"}}, "response_format"),
+        ({"prompt": "x", "response_format": {"type": "xml"}}, "response_format"),
+        ({"prompt": "x", "response_format": {"type": "json_schema"}}, "response_format"),
+        ({"prompt": "x", "response_format": {"type": "json_schema", "json_schema": {"schema": {}}}}, "response_format"),
+        ({"prompt": "x", "response_format": {"type": "text", "schema": {}}}, "response_format"),
+        ({"prompt": "x", "bad_words": [""]}, "bad_words"),
+        ({"prompt": "x", "bad_words": ["x"] * 65}, "bad_words"),
+        ({"prompt": "x", "bad_words": ["x" * 65]}, "bad_words"),
+        ({"prompt": "x", "bad_words": "x"}, "bad_words"),
+        ({"prompt": "x", "allowed_token_ids": []}, "allowed_token_ids"),
+        ({"prompt": "x", "allowed_token_ids": [-1]}, "allowed_token_ids"),
+        ({"prompt": "x", "allowed_token_ids": ["a"]}, "allowed_token_ids"),
+        ({"prompt": "x", "cache_salt": ""}, "cache_salt"),
+        ({"prompt": "x", "user": 3}, "user"),
+        ({"prompt": "x", "structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
+        ({"prompt": "x", "structured_outputs": {"xml": "a"}}, "structured_outputs"),
+        ({"prompt": "x", "structured_outputs": {"choice": []}}, "structured_outputs"),
+        ({"prompt": "x", "structured_outputs": {"json": "{"}}, "structured_outputs"),
+        ({"prompt": "x", "structured_outputs": {"json": [1]}}, "structured_outputs"),
+        (
+            {"prompt": "x", "structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+            "structured_outputs",
+        ),
         ({"prompt": "x", "guided_json": {}}, "guided_json"),
         ({"prompt": "x", "grammar": "root ::= x"}, "grammar"),
         ({"prompt": "x", "structured_outputs": {}}, "structured_outputs"),
         ({"prompt": "x", "use_beam_search": True}, "use_beam_search"),
-        ({"prompt": "x", "truncate_prompt_tokens": 5}, "truncate_prompt_tokens"),
+        ({"prompt": "x", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
         ({"prompt": "x", "messages": MESSAGES}, "messages"),
         ({"prompt": "x", "temprature": 0}, "temprature"),
     ],
@@ -109,6 +131,20 @@ async def test_bad_completion_fields(body, param):
         ({"logprobs": 3}, "logprobs"),
         ({"max_completion_tokens": 0}, "max_completion_tokens"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": ""}}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f g"}}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}] * 2}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": f"f{i}"}} for i in range(129)]}, "tools"),
+        ({"tools": [{"type": "web_search"}]}, "tools"),
+        (
+            {
+                "tools": [{"type": "function", "function": {"name": "f"}}],
+                "tool_choice": {"type": "function", "function": {"name": "g"}},
+            },
+            "tool_choice",
+        ),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+        ({"reasoning_effort": "extreme"}, "reasoning_effort"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"functions": [{"name": "f"}]}, "functions"),
         ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),

@@ -16,6 +16,8 @@ class ByteTokenizer:
     vocab_size = 258
     eos_token_ids = (EOS,)
     bos_token_id = BOS
+    special_token_ids = frozenset(_SPECIAL)
+    chat_template = None
 
     def encode(self, text: str, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
         """BOS, then the bytes; nothing in a text is ever parsed as special."""

@@ -10,6 +10,8 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from jax_engine.config import EngineConfig, Limits
 from jax_engine.errors import ConfigError, EngineStopped, InvalidRequest, QueueFull
 from jax_engine.request import CompletionOutput, FinishReason, Logprob, PositionLogprobs, RequestMetrics, RequestOutput
@@ -161,6 +163,14 @@ class FakeAsyncEngine:
             await asyncio.sleep(self.delay_s)
             return
         await live.aborted.wait()
+
+    async def embed(self, prompt: str | Sequence[int], *, truncate: bool = False) -> RequestOutput:
+        """A vector of four numbers that depends on the prompt."""
+        ids = _BYTES.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = ids[1 - self.limits.max_model_len :] if truncate else ids
+        self._admit(ids, SamplingParams())
+        vector = np.array([len(ids), sum(ids), ids[0], ids[-1]], np.float32)
+        return RequestOutput("", None, ids, [], True, RequestMetrics(0.0), embedding=vector / np.linalg.norm(vector))
 
     async def abort(self, request_id: str) -> None:
         """See AsyncEngine.abort."""

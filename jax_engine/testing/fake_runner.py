@@ -24,8 +24,9 @@ def next_token(history: Sequence[int] | np.ndarray, vocab_size: int) -> int:
 class FakeHandle:
     """A step that is ready at once, or after `result` was asked for, as the runner was told."""
 
-    def __init__(self, tokens: list[int], ready: bool):
-        self._tokens = tokens
+    def __init__(self, tokens: list[int], ready: bool, sampled: bool = True):
+        self.tokens = tokens
+        self.sampled = sampled
         self._ready = ready
 
     def is_ready(self) -> bool:
@@ -34,7 +35,8 @@ class FakeHandle:
 
     def result(self) -> StepResult:
         """The step's tokens."""
-        return StepResult(self._tokens)
+        assert self.sampled, "the result of a deferred step was asked for before it was sampled"
+        return StepResult(self.tokens)
 
 
 class FakeRunner:
@@ -76,5 +78,15 @@ class FakeRunner:
             history = self._pool[places]
             assert (history >= 0).all(), "attention would read a place that was never written"
             tokens[row] = next_token(history, self.vocab_size)
-        self._last_tokens[parts["slots"]] = tokens
-        return FakeHandle(tokens, ready=False)
+        self._last_tokens[parts["slots"]] = _UNWRITTEN if batch.deferred else tokens
+        return FakeHandle(tokens, ready=False, sampled=not batch.deferred)
+
+    def sample(self, handle: FakeHandle, batch: Batch, mask: np.ndarray) -> None:
+        """Samples a deferred step: the token, or the next greater one that its row's mask allows, going round."""
+        allowed = np.unpackbits(mask.view(np.uint8), axis=1, bitorder="little")[:, : self.vocab_size]
+        for row, token in enumerate(handle.tokens):
+            if token != _UNWRITTEN:
+                handle.tokens[row] = int((token + np.argmax(np.roll(allowed[row], -token))) % self.vocab_size)
+        slots = BatchLayout(batch.bucket, self.limits.max_pages_per_seq).unpack(batch.packed)["slots"]
+        self._last_tokens[slots] = handle.tokens
+        handle.sampled = True

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: a conversation through the model's chat template, answered whole or as a stream."""
+"""POST /v1/chat/completions: a conversation, answered whole or as a stream of server-sent events."""
 
 import contextlib
 import time
@@ -10,10 +10,12 @@ from aiohttp import web
 
 from jax_engine import CompletionOutput, RequestOutput
 from serving import logprobs
-from serving.errors import bad_request, json_response
-from serving.generation import Job, Prompt, Usage, off_loop, read_request
-from serving.schema import ChatRequest
-from serving.state import STATE, ServerState
+from serving.chat import Chat, prepare
+from serving.chat_output import ChatOutput
+from serving.chat_schema import ChatRequest
+from serving.errors import json_response
+from serving.generation import Usage, read_request
+from serving.state import STATE
 from serving.stream import Events, stream_events
 
 
@@ -26,42 +28,23 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     """Answers the last message of a conversation."""
     state = request.app[STATE]
     body, model = await read_request(request, ChatRequest)
-    prompt = await _render(state, body, num_bytes=len(await request.read()))
-    params = body.to_sampling_params(detokenize=True)
-    job = Job(state, f"chatcmpl-{uuid.uuid4().hex}", [prompt], params, body.priority or 0)
-    answer = _Answer(state, body, job, model)
+    chat = await prepare(state, body, f"chatcmpl-{uuid.uuid4().hex}", num_bytes=len(await request.read()))
+    answer = _Answer(chat, model)
     if body.stream:
         return await stream_events(request, answer.events(), state.keep_alive_s)
     return json_response(await answer.whole())
 
 
-async def _render(state: ServerState, body: ChatRequest, num_bytes: int) -> Prompt:
-    """The conversation as token ids; `num_bytes` is the size of the request.
-
-    Raises:
-        ApiError: 400, the model has no tokenizer, or content is missing.
-        InvalidRequest: the chat template refuses the conversation.
-    """
-    tokenizer = state.engine.tokenizer
-    if tokenizer is None:
-        raise bad_request(
-            "This model has no tokenizer, so it cannot chat: use /v1/completions with token ids.", "model"
-        )
-    messages = await off_loop(lambda: [message.to_template() for message in body.messages], num_bytes)
-    options = body.template_options()
-    rendered = await off_loop(lambda: tokenizer.chat_prompt(messages, **options), num_bytes)
-    return Prompt(rendered.token_ids, rendered.text)
-
-
 class _Answer:
     """The messages, logprobs and usage of one HTTP request, built as outputs come in."""
 
-    def __init__(self, state: ServerState, body: ChatRequest, job: Job, model: str):
-        self._body, self._job = body, job
-        self._tokenizer: Any = state.engine.tokenizer
-        self._usage = Usage(prompt_tokens=len(job.prompts[0].token_ids))
-        self._head = {"id": job.request_id, "created": int(time.time()), "model": model}
-        options = body.stream_options
+    def __init__(self, chat: Chat, model: str):
+        self._body, self._job, self._forced = chat.body, chat.job, chat.forced
+        self._choices = [chat.new_output() for _ in range(chat.job.params.n)]
+        self._tokenizer: Any = chat.job.state.engine.tokenizer
+        self._usage = Usage(prompt_tokens=len(chat.prompt.token_ids))
+        self._head = {"id": chat.job.request_id, "created": int(time.time()), "model": model}
+        options = chat.body.stream_options
         self._with_usage = bool(options and options.include_usage)
         self._running_usage = bool(options and options.continuous_usage_stats)
 
@@ -84,11 +67,13 @@ class _Answer:
         return answer
 
     def _choice(self, completion: CompletionOutput) -> dict[str, Any]:
+        output = self._choices[completion.index]
+        output.push(completion.text, ended=True)
         choice = {
             "index": completion.index,
-            "message": {"role": "assistant", "content": completion.text, "refusal": None},
+            "message": output.message(),
             "logprobs": self._logprobs(completion),
-            "finish_reason": completion.finish_reason,
+            "finish_reason": output.finish_reason(completion.finish_reason, forced=self._forced),
             "stop_reason": completion.stop_reason,
         }
         if self._body.return_token_ids:
@@ -117,18 +102,25 @@ class _Answer:
     def _output_chunks(self, output: RequestOutput) -> Events:
         chunks = []
         for completion in output.outputs:
-            if completion.text or self._body.logprobs or self._body.return_token_ids:
-                choice = _delta(completion.index, {"content": completion.text}, self._logprobs(completion))
-                if self._body.return_token_ids:
-                    choice["token_ids"] = completion.token_ids
-                chunks.append(self._chunk([choice]))
-            if completion.finish_reason is not None:
-                last = _delta(completion.index, {}) | {
-                    "finish_reason": completion.finish_reason,
-                    "stop_reason": completion.stop_reason,
-                }
-                chunks.append(self._chunk([last]))
+            chunks += self._completion_chunks(completion, self._choices[completion.index])
         return chunks
+
+    def _completion_chunks(self, completion: CompletionOutput, output: ChatOutput) -> Events:
+        ended = completion.finish_reason is not None
+        deltas = [output.delta(piece) for piece in output.push(completion.text, ended)]
+        if not deltas and (self._body.logprobs or self._body.return_token_ids):
+            deltas = [{"content": ""}]
+        choices = [_delta(completion.index, delta) for delta in deltas]
+        if choices:
+            choices[0]["logprobs"] = self._logprobs(completion)
+            if self._body.return_token_ids:
+                choices[0]["token_ids"] = completion.token_ids
+        if ended:
+            reason = output.finish_reason(completion.finish_reason, forced=self._forced)
+            choices.append(
+                _delta(completion.index, {}) | {"finish_reason": reason, "stop_reason": completion.stop_reason}
+            )
+        return [self._chunk([choice]) for choice in choices]
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         chunk = {**self._head, "object": "chat.completion.chunk", "choices": choices}
@@ -144,5 +136,5 @@ class _Answer:
         )
 
 
-def _delta(index: int, delta: dict[str, Any], shape: dict[str, Any] | None = None) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "logprobs": shape, "finish_reason": None}
+def _delta(index: int, delta: dict[str, Any]) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}

@@ -1,0 +1,175 @@
+"""Grammars: structured outputs compiled by llguidance, and the state of each sequence that has one.
+
+`Engine.make_request` compiles, in any thread; the engine's thread advances the states with accepted tokens and fills
+the masks of a step. Masks are numpy: bit `id % 32` of word `id // 32` says whether a token may be chosen. Never imports
+jax.
+"""
+
+import functools
+import json
+import math
+from collections.abc import Iterable, Sequence as AbstractSequence
+from typing import Any
+
+import llguidance
+import numpy as np
+from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
+
+from jax_engine.errors import InvalidRequest
+from jax_engine.scheduler import Row
+from jax_engine.sequence import Sequence, Status
+from jax_engine.structured_outputs import WHITESPACE, StructuredOutputsParams
+from jax_engine.tokenizer import Tokenizer
+
+#: Compiled grammars kept for the next request with the same one.
+_CACHE_SIZE = 256
+#: Bounds on one compilation and on one mask, in llguidance's units: 50,000 and 14,000 a millisecond, about.
+_COMPILE_FUEL = 5_000_000
+_STEP_FUEL = 500_000
+_MAX_GRAMMAR_SYMBOLS = 200_000
+
+
+class Grammar:
+    """A compiled grammar in its first state; immutable, shared by requests."""
+
+    def __init__(self, matcher: llguidance.LLMatcher):
+        self._matcher = matcher
+
+    def start(self) -> llguidance.LLMatcher:
+        """A state of its own for one sequence."""
+        return self._matcher.deep_copy()
+
+
+class GrammarCompiler:
+    """Compiles grammars for one vocabulary; safe to call from several threads.
+
+    Args:
+        tokenizer: gives each token's bytes. vocab_size: of the model; ids that are no token are never allowed.
+        eos_token_ids: allowed where the output may end.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Iterable[int]):
+        self._vocabulary = _Vocabulary(tokenizer, vocab_size, sorted(eos_token_ids))
+        self._limits = llguidance.LLParserLimits(
+            initial_lexer_fuel=_COMPILE_FUEL,
+            step_lexer_fuel=_STEP_FUEL,
+            max_grammar_size=_MAX_GRAMMAR_SYMBOLS,
+            verbose_errors=False,
+        )
+        self.compile = functools.lru_cache(_CACHE_SIZE)(self._compile)
+
+    @functools.cached_property
+    def _tokenizer(self) -> llguidance.LLTokenizer:
+        eos = self._vocabulary.eos_token_ids
+        return llguidance.LLTokenizer(llguidance.TokenizerWrapper(self._vocabulary), eos_token=eos)
+
+    def _compile(self, params: StructuredOutputsParams) -> Grammar:
+        """The grammar of what a request asks for.
+
+        Raises:
+            InvalidRequest: it is malformed, can never be matched, or takes too long.
+        """
+        matcher = llguidance.LLMatcher(self._tokenizer, _source(params), limits=self._limits, log_level=0)
+        if matcher.is_error():
+            raise InvalidRequest(f"structured_outputs: {_first_line(matcher.get_error())}", "structured_outputs")
+        return Grammar(matcher)
+
+
+class _Vocabulary:
+    """The tokens as llguidance wants to see them."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: list[int]):
+        self._tokenizer = tokenizer
+        self.eos_token_ids = eos_token_ids
+        self.eos_token_id = eos_token_ids[0]
+        self.bos_token_id = tokenizer.bos_token_id
+        self.special_token_ids = sorted(tokenizer.special_token_ids)
+        known = min(vocab_size, tokenizer.vocab_size)
+        self.tokens = [tokenizer.token_bytes(i) for i in range(known)] + [b""] * (vocab_size - known)
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        text = text if isinstance(text, str) else text.decode("utf-8", "replace")
+        return self._tokenizer.encode(text, add_special_tokens=False, parse_special=False)
+
+
+def _source(params: StructuredOutputsParams) -> str:
+    """What a request asks for, in llguidance's own notation."""
+    if params.regex is not None:
+        return llguidance.LLMatcher.grammar_from_regex(params.regex)
+    if params.choice is not None:
+        return llguidance.LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, params.choice)))
+    if params.grammar is not None:
+        return llguidance.LLMatcher.grammar_from_lark(params.grammar)
+    schema: Any = '{"type": "object"}' if params.json is None else params.json
+    whitespace = params.whitespace_pattern or WHITESPACE
+    options: Any = {"whitespace_flexible": False}
+    if not params.disable_any_whitespace:
+        options = {"whitespace_pattern": whitespace}
+    return llguidance.LLMatcher.grammar_from_json_schema(_as_object(schema), defaults=options)
+
+
+def _as_object(schema: str) -> str:
+    """`true` and `false` as the objects that mean the same."""
+    return {"true": "{}", "false": '{"not": {}}'}.get(schema, schema)
+
+
+def _first_line(message: str) -> str:
+    return message.splitlines()[0][:500] if message else "the grammar is not valid"
+
+
+class GrammarStates:
+    """The states of the running sequences that have a grammar. Engine thread only."""
+
+    def __init__(self, vocab_size: int):
+        self._states: dict[Sequence, llguidance.LLMatcher] = {}
+        self._num_words = math.ceil(vocab_size / 32)
+
+    @functools.cached_property
+    def _executor(self) -> llguidance.LLExecutor:
+        return llguidance.LLExecutor()
+
+    def add(self, sequence: Sequence) -> None:
+        """Starts the state of a new sequence, if its request has a grammar."""
+        grammar = sequence.request.grammar
+        if grammar is not None:
+            self._states[sequence] = grammar.start()
+
+    def drop(self, sequence: Sequence) -> None:
+        """Forgets a sequence that has ended."""
+        self._states.pop(sequence, None)
+
+    def accept(self, sequence: Sequence, token: int) -> bool:
+        """Advances a sequence's state by a token that was accepted.
+
+        Returns:
+            Whether the output is complete: nothing but an end-of-sequence token could follow.
+        """
+        state = self._states.get(sequence)
+        return state is not None and state.consume_token(token) and state.is_stopped()
+
+    def masks(self, rows: AbstractSequence[Row], num_seqs: int) -> tuple[np.ndarray, list[tuple[Sequence, str]]]:
+        """The masks of a step, whose earlier steps have all been committed.
+
+        Args:
+            num_seqs: rows of the step's bucket.
+
+        Returns:
+            [num_seqs, ceil(V / 32)] int32, all ones where there is no grammar; and the sequences that cannot go on,
+            with the reason. Their rows are all ones too.
+        """
+        mask = np.full((num_seqs, self._num_words), -1, np.int32)
+        wanted = []
+        for index, row in enumerate(rows):
+            state = self._states.get(row.sequence) if row.samples else None
+            if state is not None and row.sequence.status is not Status.FINISHED:
+                wanted.append((state, index))
+        if len(wanted) == 1:
+            fill_next_token_bitmask(wanted[0][0], mask, wanted[0][1])
+        elif wanted:
+            fill_next_token_bitmask_par(self._executor, wanted, mask)
+        failed = []
+        for state, index in wanted:
+            if state.is_error():
+                failed.append((rows[index].sequence, _first_line(state.get_error())))
+                mask[index] = -1
+        return mask, failed

@@ -1,0 +1,1 @@
+"""Tool calls and reasoning in the texts of models; see formats.py."""
