@@ -181,6 +181,7 @@ class AsyncEngine:
         finally:
             stopped = EngineStopped("the engine has stopped")
             self._draining = True
+            self._engine.step_log.close()
             self._deliver([(request_id, stopped) for request_id in self._streams])
 
     def _take_inbox(self) -> bool:

@@ -55,6 +55,10 @@ class EngineConfig:
         None, "Compiled sequence counts of steps of one token per sequence. Empty: token_buckets serve these too."
     )
     seed: int = _option(0, "Of requests without a seed of their own, and of dummy weights.")
+    step_log: str | None = _option(
+        None, "File to write every decision of the scheduler and every step's times to. Holds prompts as token ids."
+    )
+    step_log_max_mib: int = _option(1024, "The step log ends before it grows beyond this many MiB.")
     compilation_cache_dir: str | None = _option(
         None, "Folder of compiled steps, kept between starts. Default: in the user's cache. Empty: none."
     )
@@ -71,6 +75,7 @@ class EngineConfig:
             "num_pages",
             "max_inflight_steps",
             "max_queued_requests",
+            "step_log_max_mib",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -23,6 +23,7 @@ from jax_engine.request import FinishReason, Logprob, PositionLogprobs, Request,
 from jax_engine.sampling_params import SamplingParams
 from jax_engine.scheduler import NO_TOKEN_ALLOWED, Row, Schedule, Scheduler, TokenDelta
 from jax_engine.sequence import Sequence
+from jax_engine.step_log import StepLog
 from jax_engine.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -39,12 +40,18 @@ class StepHandle(Protocol):
     def result(self) -> StepResult: ...
 
 
+class Builder(Protocol):
+    """Makes of a schedule what the runner is given."""
+
+    def build(self, schedule: Schedule) -> Any: ...
+
+
 class Runner(Protocol):
     """What the engine needs of the device side."""
 
     limits: Limits
 
-    def dispatch(self, batch: Batch) -> StepHandle: ...
+    def dispatch(self, batch: Any) -> StepHandle: ...
 
     def sample(self, handle: Any, batch: Batch, mask: np.ndarray) -> None: ...
 
@@ -58,6 +65,8 @@ class Engine:
         vocab_size: token ids are below it.
         eos_token_ids: end a sequence, unless the request ignores them.
         config: policy and seed are read from it.
+        step_log: where steps are written down; by default in memory only.
+        builder: makes what the runner is given; by default batches.
     """
 
     def __init__(
@@ -69,6 +78,8 @@ class Engine:
         eos_token_ids: Iterable[int],
         config: EngineConfig,
         clock: Callable[[], float] = time.monotonic,
+        step_log: StepLog | None = None,
+        builder: Builder | None = None,
     ):
         self.limits = runner.limits
         self.tokenizer = tokenizer
@@ -76,8 +87,9 @@ class Engine:
         self.eos_token_ids = frozenset(eos_token_ids)
         self.scheduler = Scheduler(runner.limits, config.policy)
         self.metrics = Metrics(clock)
+        self.step_log = StepLog() if step_log is None else step_log
         self._runner = runner
-        self._builder = BatchBuilder(runner.limits, vocab_size)
+        self._builder = BatchBuilder(runner.limits, vocab_size) if builder is None else builder
         self._grammars = GrammarStates(vocab_size)
         self._compiler = GrammarCompiler(tokenizer, vocab_size, self.eos_token_ids) if tokenizer else None
         self._ring: deque[tuple[Schedule, StepHandle]] = deque()
@@ -198,6 +210,7 @@ class Engine:
         for sequence in sequences:
             self.scheduler.add(sequence)
             self._grammars.add(sequence)
+        self.step_log.added(request, sequences)
         self._states[request.request_id] = OutputState(request, sequences, self.tokenizer)
 
     def abort(self, request_id: str) -> RequestOutput | None:
@@ -206,20 +219,34 @@ class Engine:
         if state is None:
             return None
         for sequence in state.sequences:
-            self.scheduler.finish(sequence, FinishReason.ABORT)
+            self._end(sequence, FinishReason.ABORT)
         self._finish(state)
         return state.output()
+
+    def _end(self, sequence: Sequence, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+        """Ends a sequence from outside the scheduler."""
+        self.scheduler.finish(sequence, reason, stop_reason)
+        self.step_log.ended(sequence, reason, stop_reason)
 
     def step(self) -> list[RequestOutput]:
         """One turn: dispatches a step if there is work for one; then, if the ring is full or there was no work, takes
         in the oldest step. Returns the outputs that changed."""
+        try:
+            return self._turn()
+        finally:
+            self.step_log.end_turn(idle=not self.has_work)
+
+    def _turn(self) -> list[RequestOutput]:
         outputs: list[RequestOutput] = []
         schedule = self._timed("schedule", self.scheduler.schedule)
-        if schedule.rows:
+        if not schedule.rows:
+            self.step_log.scheduled(schedule, None, self.scheduler, self.metrics.compiles_after_ready)
+        else:
             batch = self._timed("build", self._builder.build, schedule)
             handle = self._timed("dispatch", self._runner.dispatch, batch)
             self._ring.append((schedule, handle))
             self._note_dispatch(schedule, batch)
+            self.step_log.scheduled(schedule, batch.bucket, self.scheduler, self.metrics.compiles_after_ready)
             if batch.deferred:  # its model runs; what a grammar allows next depends on the tokens of all steps before
                 while len(self._ring) > 1:
                     outputs += self._take_oldest()
@@ -230,8 +257,9 @@ class Engine:
 
     def _take_oldest(self) -> list[RequestOutput]:
         schedule, handle = self._ring.popleft()
+        waits = not handle.is_ready()
         result = self._timed("wait", handle.result)
-        return self._timed("commit", self._commit, schedule, result)
+        return self._timed("commit", self._commit, schedule, result, waits)
 
     def _sample(self, schedule: Schedule, batch: Batch, handle: StepHandle) -> list[RequestOutput]:
         """Dispatches the sampling of a deferred step; returns the outputs of requests whose grammar has come to an end
@@ -243,7 +271,7 @@ class Engine:
             state = self._states[sequence.request.request_id]
             state.fail(f"structured_outputs: {message}", "structured_outputs")
             for sibling in state.sequences:
-                self.scheduler.finish(sibling, FinishReason.ERROR)
+                self._end(sibling, FinishReason.ERROR)
             changed[state.request.request_id] = state
         return self._outputs(changed.values())
 
@@ -251,7 +279,9 @@ class Engine:
         idle = phase != "wait" and (not self._ring or self._ring[-1][1].is_ready())
         started = self.clock()
         result = function(*args)
-        self.metrics.add_phase(phase, self.clock() - started, idle)
+        ended = self.clock()
+        self.metrics.add_phase(phase, ended - started, idle)
+        self.step_log.timed(phase, started, ended)
         return result
 
     def _note_dispatch(self, schedule: Schedule, batch: Batch) -> None:
@@ -266,12 +296,14 @@ class Engine:
         num_decodes = sum(row.start >= row.sequence.num_prompt_tokens for row in schedule.rows[: schedule.num_single])
         self.metrics.add_step(batch.bucket, schedule.num_tokens, num_decodes)
 
-    def _commit(self, schedule: Schedule, result: StepResult) -> list[RequestOutput]:
+    def _commit(self, schedule: Schedule, result: StepResult, waited: bool) -> list[RequestOutput]:
         now = self.clock()
         changed: dict[str, OutputState] = {}
         if result.prompt_logprobs is not None:
             self._take_prompt_logprobs(schedule.rows, result.prompt_logprobs)
-        for delta in self.scheduler.commit(schedule, result.tokens):
+        deltas = self.scheduler.commit(schedule, result.tokens)
+        self.step_log.committed(result.tokens[: len(schedule.rows)], waited)
+        for delta in deltas:
             state = self._states[delta.sequence.request.request_id]
             changed[state.request.request_id] = state
             self._take_token(state, delta, result, now)
@@ -311,7 +343,7 @@ class Engine:
             logprobs = _position_logprobs(delta.token_id, wanted, *(part[delta.row] for part in result.logprobs))
         stop = state.append(sequence, delta.token_id, logprobs)
         if stop is not None or self._grammars.accept(sequence, delta.token_id):
-            self.scheduler.finish(sequence, FinishReason.STOP, stop)
+            self._end(sequence, FinishReason.STOP, stop)
 
     def _take_prompt_logprobs(self, rows: list[Row], arrays: tuple[np.ndarray, ...]) -> None:
         offset = 0

@@ -3,6 +3,7 @@
 import gc
 import logging
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 from checkpoints.formats import Checkpoint, open_checkpoint
@@ -12,6 +13,7 @@ from jax_engine.engine import Engine
 from jax_engine.errors import ConfigError
 from jax_engine.model_runner import ModelRunner, count_compilations
 from jax_engine.models.shapes import NAMED_SHAPES
+from jax_engine.step_log import Header, StepLog
 from jax_engine.tokenizer import load_tokenizer
 
 _log = logging.getLogger(__name__)
@@ -45,12 +47,14 @@ def start_engine(config: EngineConfig) -> Engine:
         tokens / limits.max_model_len,
         limits.max_model_len,
     )
+    step_log = StepLog(header=log_header(config, runner), path=config.step_log, max_bytes=config.step_log_max_mib << 20)
     engine = Engine(
         runner,
         load_tokenizer(checkpoint),
         vocab_size=runner.model_config.vocab_size,
         eos_token_ids=checkpoint.eos_token_ids,
         config=config,
+        step_log=step_log,
     )
     count_compilations(engine.metrics.add_compilation)
     # What has been made by now lives as long as the process; without this, each full collection walks all of it.
@@ -58,6 +62,20 @@ def start_engine(config: EngineConfig) -> Engine:
     gc.freeze()
     _log.info("engine ready in %.1f s", time.monotonic() - started)
     return engine
+
+
+def log_header(config: EngineConfig, runner: ModelRunner) -> Header:
+    """What a step log says first about an engine."""
+    return Header(
+        version=version("jax-engine"),
+        platform=runner.platform,
+        device=runner.device_kind,
+        vocab_size=runner.model_config.vocab_size,
+        max_position_embeddings=runner.model_config.max_position_embeddings,
+        started=time.time(),
+        config=config,
+        limits=runner.limits,
+    )
 
 
 def _open(config: EngineConfig) -> Checkpoint:

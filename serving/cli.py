@@ -17,6 +17,11 @@ COMMANDS = {
     "generate": "Continue prompts given on the command line or in a file.",
     "chat": "Talk to a model in the terminal.",
     "bench": "Measure throughput offline.",
+    "replay": "Check that the decisions of a step log are made again.",
+    "trace": "Make a trace of requests, or take one from a step log.",
+    "fit": "Fit a cost model from a step log.",
+    "simulate": "Predict what an engine would do with a trace.",
+    "plan": "Find the cheapest configuration that meets latency targets.",
 }
 
 

@@ -90,7 +90,7 @@ def test_sampling_flags_become_parameters():
     ("argv", "line"),
     [
         (["sevre"], "jax-engine: unknown command 'sevre'; did you mean serve?"),
-        (["xyzzy"], "jax-engine: unknown command 'xyzzy'; known: serve, generate, chat, bench"),
+        (["xyzzy"], f"jax-engine: unknown command 'xyzzy'; known: {', '.join(COMMANDS)}"),
         (["serve", "--max-modle-len=4"], "jax-engine: unknown flag --max-modle-len; did you mean --max_model_len?"),
         (["serve", "--prot", "80"], "jax-engine: unknown flag --prot; did you mean --port?"),
         (["serve", "--port=x"], "jax-engine: flag --port=x: invalid literal for int() with base 10: 'x'"),

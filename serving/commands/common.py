@@ -13,9 +13,12 @@ from absl import flags as absl_flags
 
 from jax_engine import EngineConfig
 from serving import flags
+from serving.cli import COMMANDS
 
 if TYPE_CHECKING:
     from jax_engine import AsyncEngine
+    from jax_engine.planning.cost_model import CostModel
+    from jax_engine.planning.trace import TraceRequest
 
 log = logging.getLogger("serving")
 
@@ -59,6 +62,70 @@ def parse(flag_values: absl_flags.FlagValues, command: str, about: str, argv: Se
         # Says at this level which platforms it did not find.
         logging.getLogger("jax").setLevel(logging.WARNING)
     return True
+
+
+def tool_flags() -> absl_flags.FlagValues:
+    """A flag set for a command that runs no model: --help only."""
+    flag_values = absl_flags.FlagValues()
+    absl_flags.DEFINE_boolean(
+        "help", False, "This listing.", short_name="h", flag_values=flag_values, module_name="General"
+    )
+    return flag_values
+
+
+def parse_tool(
+    flag_values: absl_flags.FlagValues, command: str, argument: str | None, argv: Sequence[str]
+) -> str | None:
+    """Reads the arguments of a command that runs no model.
+
+    Args:
+        argument: what the one argument that is no flag is called; None where there is none.
+
+    Returns:
+        That argument, or an empty text where there is none; None when only help was asked for, and has been printed.
+
+    Raises:
+        UsageError: the command line is wrong.
+    """
+    positional = flags.parse(flag_values, f"jax-engine {command}", argv)
+    if flag_values["help"].value:
+        words = [command, argument or "", "[--flag=value ...]"]
+        print(f"usage: jax-engine {' '.join(filter(None, words))}\n\n{COMMANDS[command]}\n{flags.listing(flag_values)}")
+        return None
+    if len(positional) != (argument is not None):
+        wanted = f"one {argument}" if argument else "only flags"
+        raise flags.UsageError(f"{command}: {wanted} expected, got {' '.join(positional) or 'none'!r}")
+    return positional[0] if argument else ""
+
+
+def options(flag_values: absl_flags.FlagValues) -> dict[str, Any]:
+    """Every flag's value by its name."""
+    return {name: flag_values[name].value for name in flag_values}
+
+
+def planning_flags() -> absl_flags.FlagValues:
+    """What `simulate` and `plan` have in common: trace, cost model and the engine's flags."""
+    flag_values = tool_flags()
+    here = {"flag_values": flag_values, "module_name": "Planning"}
+    absl_flags.DEFINE_string("trace", None, "Trace to read; see `jax-engine trace`.", **here)
+    absl_flags.DEFINE_string("model_cost", None, "Cost model to read; see `jax-engine fit`.", **here)
+    flags.define(flag_values, EngineConfig, group="Engine; the default is what the measured engine had")
+    return flag_values
+
+
+def trace_and_cost(flag_values: absl_flags.FlagValues, command: str) -> "tuple[list[TraceRequest], CostModel]":
+    """Reads both files.
+
+    Raises:
+        UsageError: one was not given. ConfigError: one cannot be read.
+    """
+    from jax_engine.planning import cost_model, trace
+
+    given = options(flag_values)
+    for name in ("trace", "model_cost"):
+        if given[name] is None:
+            raise flags.UsageError(f"{command}: --{name} is missing")
+    return trace.read(given["trace"]), cost_model.read(given["model_cost"])
 
 
 def engine_config(flag_values: absl_flags.FlagValues) -> EngineConfig:

@@ -1,0 +1,177 @@
+"""Prediction against reality: traces through the real engine in open loop, and through the simulator.
+
+    python -m benchmarks.prediction --logs=FOLDER --record           # runs the engine, in real time
+    python -m benchmarks.prediction --logs=FOLDER --out=FILE.json    # fits, simulates, compares
+
+The cost model is fitted from the step logs of a calibration trace that runs before each of the others; those are not
+fitted on. Recording and comparing are apart so that the machine has to be quiet only for the first. A prediction is
+within bounds if throughput is off by at most 10 %, and the median and the 99th percentile of the time to first token
+by at most 25 %.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from absl import flags
+
+from benchmarks import program, report
+from checkpoints.formats import open_checkpoint
+from jax_engine.config import EngineConfig
+from jax_engine.engine import Engine
+from jax_engine.planning import cost_model, trace
+from jax_engine.planning.simulator import simulate
+from jax_engine.planning.traffic import drive, figures
+from jax_engine.step_log import LogReader, StepLog
+
+CALIBRATION = "calibration"
+#: How far a prediction may be off: figure -> largest relative error.
+BOUNDS = {"output_tok_per_s": 0.10, "ttft_p50_ms": 0.25, "ttft_p99_ms": 0.25}
+
+
+def flag_set() -> flags.FlagValues:
+    """The program's flags."""
+    flag_values = flags.FlagValues()
+    here: dict[str, Any] = {"flag_values": flag_values, "module_name": "Benchmark"}
+    flags.DEFINE_string("logs", None, "Folder of the traces, step logs and figures.", required=True, **here)
+    flags.DEFINE_boolean("record", False, "Run the real engine; else compare what lies in the folder.", **here)
+    flags.DEFINE_string("model", EngineConfig.model, "See EngineConfig.model.", **here)
+    flags.DEFINE_string("scheduling", "async", "See EngineConfig.scheduling.", **here)
+    flags.DEFINE_float("rate", 1.2, "Requests a second of the traces.", **here)
+    flags.DEFINE_float("seconds", 20.0, "Length of each trace's arrivals.", **here)
+    flags.DEFINE_list("traces", ["poisson", "bursty", "prefix"], "Which of them to run.", **here)
+    flags.DEFINE_string("out", None, "Results file to write (JSON).", **here)
+    return flag_values
+
+
+def make_trace(name: str, rate: float, seconds: float) -> list[trace.TraceRequest]:
+    """The calibration trace or one of the three that are predicted; each has lengths and seed of its own."""
+    seeds = {CALIBRATION: 0, "poisson": 1, "bursty": 2, "prefix": 3}
+    chance = np.random.default_rng(seeds[name])
+    count = max(2, round(rate * seconds))
+    if name == CALIBRATION:  # of every load: a slow beginning, then a burst, so that every bucket is seen
+        slow, burst = trace.poisson(rate, count // 2, chance), seconds / 2 + chance.random(count - count // 2)
+        arrivals = sorted([*slow, *burst.tolist()])
+        return trace.make(
+            arrivals, trace.lengths(80, 1, count, chance), trace.lengths(25, 0.7, count, chance), chance=chance
+        )
+    arrivals = trace.bursty(rate, count, 6, chance) if name == "bursty" else trace.poisson(rate, count, chance)
+    prompt, output = {"poisson": (60, 30), "bursty": (100, 20), "prefix": (40, 30)}[name]
+    groups = 3 if name == "prefix" else 0
+    return trace.make(
+        arrivals,
+        trace.lengths(prompt, 0.8, count, chance),
+        trace.lengths(output, 0.6, count, chance),
+        groups=groups,
+        prefix_tokens=64,
+        chance=chance,
+    )
+
+
+class Recorder:
+    """The real engine: one set of compiled steps, and a fresh scheduler for every run."""
+
+    def __init__(self, folder: Path, model: str, scheduling: str):
+        from jax_engine.model_runner import ModelRunner
+
+        self.folder = folder
+        # Short contexts and few sequences: on a CPU a longer trace would take minutes.
+        self.config = EngineConfig(
+            model=model, scheduling=scheduling, max_model_len=1024, max_num_seqs=16, max_num_batched_tokens=256
+        )
+        checkpoint = open_checkpoint(self.config.model)
+        self.runner = ModelRunner(self.config, checkpoint)
+
+    def run(self, name: str, requests: Sequence[trace.TraceRequest], log_name: str) -> None:
+        """One trace in real time; leaves its step log and its figures in the folder."""
+        from jax_engine.start import log_header
+
+        log = StepLog(header=log_header(self.config, self.runner), path=str(self.folder / f"{log_name}.log"))
+        vocab_size = self.runner.model_config.vocab_size
+        engine = Engine(self.runner, None, vocab_size=vocab_size, eos_token_ids=(), config=self.config, step_log=log)
+        prompts = list(trace.prompts(requests, vocab_size))
+        seen = drive(engine, requests, prompts, lambda moment: time.sleep(max(0.0, moment - time.monotonic())))
+        log.close()
+        found = figures(seen)
+        (self.folder / f"{log_name}.figures.json").write_bytes(msgspec.json.encode(found))
+        print(f"{name}: {found.duration_s:.1f} s, {found.output_tok_per_s:.1f} output tok/s", flush=True)
+
+
+def record(folder: Path, options: dict[str, Any]) -> None:
+    """Runs each trace, and the calibration trace before each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    recorder = Recorder(folder, options["model"], options["scheduling"])
+    calibration = make_trace(CALIBRATION, options["rate"], options["seconds"] / 2)
+    recorder.run("warm-up", calibration[:3], "warm-up")
+    for number, name in enumerate(options["traces"]):
+        requests = make_trace(name, options["rate"], options["seconds"])
+        trace.write(str(folder / f"{name}.trace"), requests)
+        recorder.run(CALIBRATION, calibration, f"{CALIBRATION}-{number}")
+        recorder.run(name, requests, name)
+    recorder.run(CALIBRATION, calibration, f"{CALIBRATION}-{len(options['traces'])}")
+
+
+def compare(folder: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Prediction and reality of each trace, and how far they are apart."""
+    model = cost_model.fit([LogReader(str(path)) for path in sorted(folder.glob(f"{CALIBRATION}-*.log"))])
+    results = {}
+    for name in names:
+        requests = trace.read(str(folder / f"{name}.trace"))
+        real = json.loads((folder / f"{name}.figures.json").read_text())
+        predicted = msgspec.to_builtins(simulate(requests, model))
+        errors = {
+            figure: _flat(predicted["figures"])[figure] / value - 1 for figure, value in _flat(real).items() if value
+        }
+        within = {figure: abs(errors[figure]) <= bound for figure, bound in BOUNDS.items()}
+        results[name] = {"real": real, "predicted": predicted, "error": errors, "within_bounds": within}
+    return {"cost_model": msgspec.to_builtins(model), "traces": results}
+
+
+def _flat(found: dict[str, Any]) -> dict[str, float]:
+    flat = {"output_tok_per_s": found["output_tok_per_s"]}
+    for name, short in (("ttft_ms", "ttft"), ("inter_token_ms", "inter_token"), ("latency_ms", "latency")):
+        flat |= {f"{short}_{mark}_ms": found[name][mark] for mark in ("p50", "p90", "p99")}
+    return flat
+
+
+def table(results: dict[str, Any]) -> str:
+    """Real, predicted and error, figure by figure."""
+    rows = [["", *(f"{name} {what}" for name in results for what in ("real", "predicted", "error"))]]
+    for figure in _flat(next(iter(results.values()))["real"]):
+        cells = []
+        for result in results.values():
+            real, predicted = _flat(result["real"])[figure], _flat(result["predicted"]["figures"])[figure]
+            cells += [f"{real:.1f}", f"{predicted:.1f}", f"{result['error'].get(figure, 0.0):+.1%}"]
+        rows.append([figure.replace("_", " "), *cells])
+    return report.table(rows)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one half of the benchmark; argv[0] is the program's name. Returns the exit status.
+
+    Raises:
+        UsageError: the command line is wrong. ConfigError: the folder does not hold what is to be compared.
+    """
+    flag_values = flag_set()
+    if not program.parse(flag_values, "benchmarks.prediction", __doc__, argv[1:]):
+        return 0
+    options = {name: flag_values[name].value for name in flag_values}
+    folder = Path(options["logs"])
+    if options["record"]:
+        record(folder, options)
+        return 0
+    found = compare(folder, options["traces"])
+    print(table(found["traces"]))
+    if options["out"]:
+        within = all(all(result["within_bounds"].values()) for result in found["traces"].values())
+        document = report.document("benchmarks.prediction", argv, bounds=BOUNDS, within_bounds=within, **found)
+        report.write(options["out"], document)
+    return 0
+
+
+if __name__ == "__main__":
+    program.run(main)

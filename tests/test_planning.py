@@ -1,0 +1,411 @@
+"""Traces, cost models, the simulator and the planner; and their commands, from a log to a plan."""
+
+import json
+
+import msgspec
+import numpy as np
+import pytest
+
+from jax_engine.batch import Bucket, buckets
+from jax_engine.config import EngineConfig, ModelConfig, resolve
+from jax_engine.errors import ConfigError
+from jax_engine.planning import cost_model, planner, trace
+from jax_engine.planning.cost_model import BucketCost, CostModel, HostCost, Stalls, Work
+from jax_engine.planning.simulator import limits_for, simulate
+from jax_engine.planning.trace import TraceError, TraceRequest
+from jax_engine.planning.traffic import Seen, figures
+from jax_engine.replay import Replay
+from jax_engine.step_log import Done, Header, LogReader, Step
+from serving.cli import main
+
+VOCAB = 1000
+MODEL = ModelConfig(
+    architecture="none",
+    vocab_size=VOCAB,
+    hidden_size=1,
+    intermediate_size=1,
+    num_hidden_layers=1,
+    num_attention_heads=1,
+    num_key_value_heads=1,
+    head_dim=1,
+    max_position_embeddings=2048,
+)
+
+
+def make_cost(host_ms: float = 0.0, **options) -> CostModel:
+    """1 ms for each decode step and sequence, 10 ms and 0.1 ms per token slot for each other step."""
+    config = EngineConfig(
+        **({"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 1024, "num_pages": 512} | options)
+    )
+    limits = resolve(config, MODEL, platform="cpu", num_pages=512)
+    header = Header(
+        version="1",
+        platform="cpu",
+        device="made up",
+        vocab_size=VOCAB,
+        max_position_embeddings=2048,
+        started=0.0,
+        config=config,
+        limits=limits,
+    )
+    costs = []
+    for bucket in buckets(limits):
+        base = 1e-3 * bucket.num_tokens if bucket.decode_only else 10e-3 + 1e-4 * bucket.num_tokens
+        costs.append(BucketCost(bucket, base, 0.0, 1e-6, 2e-7, steps=100, error=0.0))
+    host = dict.fromkeys(("schedule", "build", "dispatch", "commit"), HostCost(host_ms * 1e-3 / 4, 0.0))
+    return CostModel(header, costs, host, turn=0.0, stalls=Stalls(), num_steps=100, num_exact=100)
+
+
+def requests_of(*triples: tuple[float, int, int], **fields) -> list[TraceRequest]:
+    return [TraceRequest(arrival_s=at, prompt_tokens=p, output_tokens=o, **fields) for at, p, o in triples]
+
+
+def random_trace(count: int, rate: float, seed: int = 0, **fields) -> list[TraceRequest]:
+    chance = np.random.default_rng(seed)
+    return trace.make(
+        trace.poisson(rate, count, chance),
+        trace.lengths(60, 0.8, count, chance),
+        trace.lengths(20, 0.8, count, chance),
+        chance=chance,
+        **fields,
+    )
+
+
+# Traces.
+
+
+@pytest.mark.parametrize("kind", ["poisson", "bursty"])
+def test_arrivals_have_their_mean_rate(kind):
+    chance = np.random.default_rng(1)
+    arrivals = trace.poisson(5, 20_000, chance) if kind == "poisson" else trace.bursty(5, 20_000, 10, chance)
+    assert arrivals[0] == 0 and arrivals == sorted(arrivals)
+    assert len(arrivals) / arrivals[-1] == pytest.approx(5, rel=0.05)
+    gaps = np.diff(arrivals)
+    variation = gaps.std() / gaps.mean()
+    assert variation == pytest.approx(1, rel=0.05) if kind == "poisson" else variation > 2.5
+
+
+def test_lengths_have_their_mean_and_spread():
+    chance = np.random.default_rng(2)
+    drawn = np.array(trace.lengths(200, 0.5, 20_000, chance))
+    assert drawn.mean() == pytest.approx(200, rel=0.02) and drawn.std() / drawn.mean() == pytest.approx(0.5, rel=0.05)
+    assert set(trace.lengths(7, 0, 10, chance)) == {7}
+
+
+def test_a_trace_survives_its_file(tmp_path):
+    made = random_trace(50, 3, groups=4, prefix_tokens=40)
+    made += requests_of((1.0, 5, 6), priority=2, user="a", ends="stop")
+    trace.write(str(tmp_path / "t"), made)
+    assert trace.read(str(tmp_path / "t")) == sorted(made, key=lambda request: request.arrival_s)
+
+
+def test_prefix_groups_share_their_beginning_and_nothing_else():
+    made = random_trace(40, 3, groups=3, prefix_tokens=50)
+    all_prompts = list(trace.prompts(made, VOCAB))
+    assert all_prompts == list(trace.prompts(made, VOCAB)), "the same trace, the same prompts"
+    assert {request.prefix_group for request in made} == {"group-0", "group-1", "group-2"}
+    for one, prompt in zip(made, all_prompts, strict=True):
+        assert len(prompt) == one.prompt_tokens and min(prompt) >= 1 and max(prompt) < VOCAB
+        for other, others in zip(made, all_prompts, strict=True):
+            same = one.prefix_group == other.prefix_group
+            assert (prompt[:50] == others[:50]) == same
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", ":1: Input data was truncated"),
+        ('{"arrival_s": 0, "prompt_tokens": 1}', "missing required field `output_tokens`"),
+        ('{"arrival_s": -1, "prompt_tokens": 1, "output_tokens": 1}', "Expected `float` >= 0"),
+        ('{"arrival_s": 0, "prompt_tokens": 0, "output_tokens": 1}', "Expected `int` >= 1"),
+        ('{"arrival_s": 0, "prompt_tokens": 1, "output_tokens": 1, "x": 1}', "unknown field `x`"),
+        ('{"arrival_s": 0, "prompt_tokens": 9, "output_tokens": 1, "prefix_group": "a"}', "prefix_tokens"),
+        ("\n", "holds no request"),
+    ],
+)
+def test_what_is_no_trace_is_told(tmp_path, line, message):
+    path = tmp_path / "t"
+    path.write_text(line)
+    with pytest.raises(TraceError, match=message):
+        trace.read(str(path))
+
+
+@pytest.mark.parametrize("ends", ["length", "stop"])
+@pytest.mark.parametrize("scheduling", ["static", "sync", "async"])
+def test_a_trace_comes_back_from_the_log_of_its_run(tmp_path, ends, scheduling):
+    path = str(tmp_path / "log")
+    made = [msgspec.structs.replace(request, ends=ends) for request in random_trace(40, 5, groups=2, prefix_tokens=40)]
+    simulate(made, make_cost(), {"step_log": path, "scheduling": scheduling})
+    assert Replay(LogReader(path)).run() is None
+    back = trace.from_log(LogReader(path))
+    assert [(r.prompt_tokens, r.output_tokens, r.ends) for r in back] == [
+        (r.prompt_tokens, r.output_tokens, r.ends) for r in made
+    ]
+    assert [r.arrival_s for r in back] == pytest.approx([r.arrival_s for r in made], abs=1e-5)
+    names = {}
+    for one, other in zip(made, back, strict=True):
+        assert names.setdefault(one.prefix_group, other.prefix_group) == other.prefix_group
+        assert other.prefix_tokens in (40, other.prompt_tokens)  # a group's first prompt has all in common with itself
+
+
+# Costs.
+
+
+def write_log(path, cost: CostModel, samples, *, compiled=(), exact=True) -> None:
+    """A log of steps of (bucket, rows), whose device times are the cost model's."""
+    lines = [msgspec.json.encode(cost.header)]
+    for number, (bucket, rows) in enumerate(samples):
+        seconds = cost.device_seconds(bucket, Work.of(rows)) + (5.0 if number in compiled else 0.0)
+        decision = {"rows": [[*row, True] for row in rows], "num_tokens": sum(row[2] for row in rows)}
+        host = [1e-4 + 1e-5 * len(rows), 2e-4, 3e-4 + (5.0 if number in compiled else 0.0)]
+        step = Step(number, number * 1.0, decision, bucket, 5, 5, 0, host, int(number in compiled))
+        lines += [msgspec.json.encode(step)]
+        lines += [msgspec.json.encode(Done(number, number + 0.5, seconds, exact, 0.1, 5e-4 + 1e-5 * len(rows)))]
+    path.write_bytes(b"\n".join(lines) + b"\n")
+
+
+def random_steps(cost: CostModel, count: int, seed: int = 0) -> list:
+    chance = np.random.default_rng(seed)
+    samples = []
+    for _ in range(count):
+        if chance.random() < 0.6:
+            size = int(chance.choice([1, 2, 4, 8]))
+            rows = [(n, int(chance.integers(1, 900)), 1) for n in range(chance.integers(size // 2 + 1, size + 1))]
+            samples.append((Bucket(size, size, True), rows))
+        else:
+            chunk = int(chance.integers(2, 60))
+            rows = [(0, int(chance.integers(1, 900)), 1), (1, int(chance.integers(0, 500)), chunk)]
+            samples.append((Bucket(64, 8, False), rows))
+    return samples
+
+
+def test_a_fit_finds_the_costs_again(tmp_path):
+    cost = make_cost()
+    write_log(tmp_path / "log", cost, random_steps(cost, 400), compiled={100, 200})
+    found = cost_model.fit([LogReader(str(tmp_path / "log"))])
+    assert found.num_steps == 400 and found.num_exact == 398
+    assert max(bucket.error for bucket in found.buckets) < 1e-6
+    for bucket, rows in random_steps(cost, 50, seed=9):
+        assert found.device_seconds(bucket, Work.of(rows)) == pytest.approx(
+            cost.device_seconds(bucket, Work.of(rows)), rel=1e-6
+        )
+    assert found.host["schedule"].seconds(4) == pytest.approx(1.4e-4) and found.host["commit"].seconds(4) == (
+        pytest.approx(5.4e-4)
+    )
+    assert found.stalls.every == 200 and found.stalls.seconds == pytest.approx(5, rel=0.01)
+    cost_model.write(str(tmp_path / "cost"), found)
+    assert cost_model.read(str(tmp_path / "cost")) == found
+
+
+def test_noise_gives_no_absurd_slopes(tmp_path):
+    cost = make_cost()
+    chance = np.random.default_rng(3)
+    samples = random_steps(cost, 60)
+    write_log(tmp_path / "log", cost, samples)
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    for line in lines:
+        if line["type"] == "done":
+            line["device"] *= float(chance.lognormal(0, 0.3))
+    (tmp_path / "log").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = cost_model.fit([LogReader(str(tmp_path / "log"))])
+    for bucket, rows in samples:
+        ratio = found.device_seconds(bucket, Work.of(rows)) / cost.device_seconds(bucket, Work.of(rows))
+        assert 0.5 < ratio < 2
+
+
+def test_a_bucket_never_seen_lies_between_its_neighbours():
+    cost = make_cost()
+    work = Work(3, 0, 0)
+    assert cost.device_seconds(Bucket(6, 6, True), work) == pytest.approx(6e-3)
+    assert cost.device_seconds(Bucket(16, 16, True), work) == pytest.approx(16e-3)
+    assert cost.device_seconds(Bucket(32, 8, False), work) == cost.device_seconds(Bucket(64, 8, False), work)
+    only_decode = msgspec.structs.replace(cost, buckets=[one for one in cost.buckets if one.bucket.decode_only])
+    assert only_decode.device_seconds(Bucket(64, 8, False), work) == pytest.approx(64e-3)
+
+
+def test_upper_bounds_are_used_where_there_is_nothing_better(tmp_path):
+    cost = make_cost()
+    write_log(tmp_path / "log", cost, random_steps(cost, 50), exact=False)
+    found = cost_model.fit([LogReader(str(tmp_path / "log"))])
+    assert found.num_exact == 0 and found.buckets
+
+
+def test_what_cannot_be_fitted_or_read_is_told(tmp_path):
+    cost = make_cost()
+    write_log(tmp_path / "log", cost, random_steps(cost, 5))
+    with pytest.raises(cost_model.CostError, match="5 finished steps; at least 8"):
+        cost_model.fit([LogReader(str(tmp_path / "log"))])
+    (tmp_path / "x").write_text("{}")
+    with pytest.raises(cost_model.CostError, match="no cost model of this version"):
+        cost_model.read(str(tmp_path / "x"))
+    with pytest.raises(cost_model.CostError, match="cannot be read"):
+        cost_model.read(str(tmp_path / "y"))
+
+
+# The simulator.
+
+
+def test_one_request_takes_what_can_be_computed_by_hand():
+    # 64 tokens a step: 100 prompt tokens are two steps, 64 and then 36 in the same bucket; then four decodes of one.
+    prediction = simulate(requests_of((0.0, 100, 5)), make_cost(), {"scheduling": "sync"})
+    pairs = [64 * 65 // 2, 36 * 64 + 36 * 37 // 2]
+    prefill = 2 * (10 + 6.4) + sum(pairs) * 2e-4
+    decode = [1 + (100 + n) * 1e-3 for n in range(1, 5)]
+    assert prediction.figures.ttft_ms["p50"] == pytest.approx(prefill)
+    assert prediction.figures.latency_ms["p50"] == pytest.approx(prefill + sum(decode))
+    assert prediction.figures.inter_token_ms["max"] == pytest.approx(max(decode))
+    assert prediction.utilisation == pytest.approx(1) and prediction.steps == 6
+    assert prediction.padding == pytest.approx((64 - 36) / (64 + 64 + 4))
+
+
+def test_overlap_hides_the_host_up_to_the_device_time():
+    load = requests_of((0.0, 10, 200))
+    sync, overlapped = (simulate(load, make_cost(host_ms=0.8), {"scheduling": mode}) for mode in ("sync", "async"))
+    hidden = simulate(load, make_cost(), {"scheduling": "sync"})
+    assert sync.figures.duration_s == pytest.approx(hidden.figures.duration_s + 200 * 0.8e-3, rel=0.01)
+    assert overlapped.figures.duration_s == pytest.approx(hidden.figures.duration_s, rel=0.02)
+    slow_host = simulate(load, make_cost(host_ms=5.0), {"scheduling": "async"})
+    assert slow_host.figures.duration_s == pytest.approx(200 * 5e-3, rel=0.05)
+
+
+def test_a_stop_is_learnt_late_when_running_ahead():
+    ended = [simulate(requests_of((0.0, 10, 20), ends=ends), make_cost()) for ends in ("length", "stop")]
+    assert ended[1].steps == ended[0].steps + 1
+    assert ended[1].figures.output_tok_per_s == pytest.approx(ended[0].figures.output_tok_per_s)
+
+
+def test_the_modes_differ_as_they_should():
+    load = random_trace(150, 50, seed=4)
+    static, sync, overlapped = (
+        simulate(load, make_cost(host_ms=0.5), {"scheduling": mode}).figures for mode in ("static", "sync", "async")
+    )
+    assert static.output_tok_per_s < sync.output_tok_per_s < overlapped.output_tok_per_s
+    assert static.ttft_ms["p50"] > 1.3 * sync.ttft_ms["p50"]
+    total = sum(request.output_tokens for request in load)
+    assert overlapped.output_tok_per_s * overlapped.duration_s == pytest.approx(total)
+
+
+def test_a_small_pool_preempts_and_a_small_model_length_refuses():
+    load = requests_of(*[(0.0, 100, 200)] * 8)
+    assert simulate(load, make_cost(num_pages=80)).preemptions > 0
+    refused = simulate([*load, *requests_of((0.0, 500, 5))], make_cost(max_model_len=400)).figures
+    assert refused.num_refused == 1 and refused.num_requests == 9
+
+
+def test_replicas_share_the_load():
+    load = random_trace(200, 60, seed=5)
+    one, two = (simulate(load, make_cost(), replicas=replicas) for replicas in (1, 2))
+    assert two.figures.ttft_ms["p99"] < one.figures.ttft_ms["p99"] / 2
+    assert two.utilisation < one.utilisation
+    with pytest.raises(ConfigError, match="log of one engine"):
+        simulate(load, make_cost(), {"step_log": "x"}, replicas=2)
+
+
+def test_the_simulator_repeats_itself():
+    load = random_trace(60, 20, seed=6, groups=2, prefix_tokens=30)
+    assert simulate(load, make_cost(host_ms=0.3)) == simulate(load, make_cost(host_ms=0.3))
+
+
+def test_the_pool_stays_as_many_tokens():
+    _, limits = limits_for(make_cost(num_pages=None), {"page_size": 32})
+    assert limits.num_pages * 32 == 512 * 16
+    assert limits_for(make_cost(), {"num_pages": 100})[1].num_pages == 100
+
+
+def test_figures_of_what_clients_saw():
+    seen = [Seen(1.0, [1.5, 1.6, 1.8], 1.9), Seen(2.0, [2.1, 2.2], 2.2), Seen(2.0, refused="full")]
+    found = figures(seen)
+    assert found.num_refused == 1 and found.duration_s == pytest.approx(1.2)
+    assert found.output_tok_per_s == pytest.approx(5 / 1.2)
+    assert found.ttft_ms["mean"] == pytest.approx(300) and found.ttft_ms["max"] == pytest.approx(500)
+    assert found.inter_token_ms["p50"] == pytest.approx(100) and found.inter_token_ms["max"] == pytest.approx(200)
+    assert figures([Seen(0.0, refused="full")]).output_tok_per_s == 0
+
+
+# The planner.
+
+
+def plan_for(load, cost, ttft=None, itl=None, **options) -> planner.Plan:
+    return planner.Planner(load, cost, planner.check_targets(ttft, itl, "p99"), {}, **options).plan()
+
+
+def test_a_plan_takes_the_fewest_replicas_that_meet_the_targets():
+    load = random_trace(150, 60, seed=7)
+    cost = make_cost(host_ms=0.2)
+    plan = plan_for(load, cost, ttft=400)
+    assert plan.best.meets and plan.best.replicas > 1
+    assert plan.best.prediction.figures.ttft_ms["p99"] <= 400
+    fewer = [candidate for candidate in plan.tried if candidate.replicas == plan.best.replicas - 1]
+    assert fewer and not any(candidate.meets for candidate in fewer)
+    assert set(plan.simpler) == {"sync", "static", "largest buckets only"}
+    assert "meets the targets" in planner.verdict(plan)
+
+
+def test_a_plan_says_when_a_simpler_mode_does_as_well():
+    load = requests_of(*[(n * 1.0, 20, 5) for n in range(30)])
+    plan = plan_for(load, make_cost(), ttft=200)
+    assert plan.best.replicas == 1 and plan.best.options == {}, "the measured configuration is kept where it is enough"
+    assert "`sync` does as well" in planner.verdict(plan)
+
+
+def test_a_plan_says_why_nothing_meets_the_targets():
+    load = requests_of(*[(n * 1.0, 20, 5) for n in range(10)])
+    plan = plan_for(load, make_cost(), ttft=1, max_replicas=2)
+    assert not plan.best.meets and "the step itself is too slow" in planner.verdict(plan)
+    crowded = plan_for(random_trace(100, 80, seed=8), make_cost(), ttft=40, max_replicas=1)
+    assert "More replicas may help" in planner.verdict(crowded)
+    with pytest.raises(ConfigError, match="slo_ttft_ms or --slo_itl_ms"):
+        planner.check_targets(None, None, "p99")
+
+
+# The commands.
+
+
+def test_from_a_log_to_a_plan(tmp_path, capsys):
+    files = {name: str(tmp_path / name) for name in ("made", "log", "own", "cost", "fitted")}
+    cost_model.write(files["cost"], make_cost(host_ms=0.3))
+    make = ["trace", "--requests=120", "--rate=15", "--prompt-tokens=60", "--output-tokens=20", "--out", files["made"]]
+    assert main([*make, "--kind=bursty", "--prefix-groups=2", "--prefix-tokens=32"]) == 0
+    assert "120 requests" in capsys.readouterr().out
+    both = ["--trace", files["made"], "--model-cost", files["cost"]]
+    assert main(["simulate", *both, "--json", "--step-log", files["log"]]) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert main(["replay", files["log"]]) == 0
+    assert main(["trace", "--kind=log", "--log", files["log"], "--out", files["own"]]) == 0
+    assert main(["fit", files["log"], "--out", files["fitted"]]) == 0
+    assert "ns/KV position" in capsys.readouterr().out
+    both = ["--trace", files["own"], "--model-cost", files["fitted"]]
+    assert main(["simulate", *both, "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    for name in ("ttft_ms", "latency_ms"):
+        assert again["figures"][name]["p50"] == pytest.approx(first["figures"][name]["p50"], rel=0.02)
+    assert main(["simulate", *both, "--scheduling=sync", "--replicas=2"]) == 0
+    assert "time to first token p99" in capsys.readouterr().out
+    assert main(["plan", *both, "--slo-ttft-ms=2000", "--slo-itl-ms=500"]) == 0
+    printed = capsys.readouterr().out
+    assert "best" in printed and "meets the targets" in printed
+    assert main(["plan", *both, "--slo-ttft-ms=0.01", "--json", "--max-replicas=1"]) == 1
+    assert json.loads(capsys.readouterr().out)["best"]["replicas"] == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["trace"], "trace: --out is missing"),
+        (["trace", "--out=x", "--kind=log"], "--log goes with --kind=log"),
+        (["fit", "--out=x"], "fit: one LOG expected, got 'none'"),
+        (["fit", "x"], "fit: --out is missing"),
+        (["simulate", "--trace=x"], "simulate: --model_cost is missing"),
+        (["plan", "x", "--slo-ttft-ms=1"], "plan: only flags expected, got 'x'"),
+        (["replay"], "replay: one LOG expected"),
+    ],
+)
+def test_wrong_command_lines(argv, message, capsys):
+    assert main(argv) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["replay", "trace", "fit", "simulate", "plan"])
+def test_help(command, capsys):
+    assert main([command, "--help"]) == 0
+    assert "usage: jax-engine" in capsys.readouterr().out
