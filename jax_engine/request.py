@@ -5,14 +5,11 @@ Field names of the outputs are vLLM's. Nothing here touches a device.
 
 import enum
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
 from jax_engine.sampling_params import SamplingParams
-
-if TYPE_CHECKING:
-    from jax_engine.grammar import Grammar
 
 
 class FinishReason(enum.StrEnum):
@@ -36,7 +33,7 @@ class Request:
         arrival_time: seconds on the engine's monotonic clock.
         priority: lower is served first, where the policy looks at it.
         bad_token_ids: the token sequences of `sampling_params.bad_words`.
-        grammar: `sampling_params.structured_outputs`, compiled.
+        grammar: `sampling_params.structured_outputs`, compiled: a grammar.Grammar.
         embed: the prompt's embedding is wanted; the one token that is sampled has no meaning.
     """
 
@@ -47,7 +44,7 @@ class Request:
     arrival_time: float = 0.0
     priority: int = 0
     bad_token_ids: tuple[tuple[int, ...], ...] = ()
-    grammar: "Grammar | None" = None
+    grammar: Any = None
     embed: bool = False
 
 

@@ -183,7 +183,7 @@ class StepLog:
         """Notes a request that the scheduler has taken in."""
         if self._file is not None:
             known = [(s.order, s.index, s.max_tokens_total, tuple(s.stop_token_ids), s.seed) for s in sequences]
-            self._turn.append(Added(replace(request, prompt=None), known))
+            self._turn.append(Added(replace(request, prompt=None, grammar=None), known))
 
     def ended(self, sequence: Sequence, reason: FinishReason, stop_reason: int | str | None = None) -> None:
         """Notes that the engine ends a sequence."""
