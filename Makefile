@@ -15,7 +15,7 @@ stamp = $(VENV)/.installed-$(if $(and $(1),$(EXTRAS)),$(1)$(comma)$(EXTRAS),$(or
 export PYTHON
 
 .DELETE_ON_ERROR:
-.PHONY: help serve test test-long check format bench bench-host bench-static wheel clean
+.PHONY: help serve test test-long test-clients check format bench bench-host bench-static wheel clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
@@ -36,6 +36,9 @@ test: $(call stamp,test) ## run the tests
 
 test-long: $(call stamp,test) ## the tests that take minutes
 	$(PY) -m pytest -m long $(ARGS)
+
+test-clients: $(call stamp,clients) ## real clients of other makers against the server
+	$(PY) -m pytest -m long tests/test_clients.py $(ARGS)
 
 check: $(call stamp,check) ## formatting, lint, types, import contracts, tests
 	$(VENV)/bin/ruff format --check .

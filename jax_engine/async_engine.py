@@ -10,7 +10,6 @@ import queue
 import threading
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence as AbstractSequence
-from dataclasses import dataclass
 
 from jax_engine.config import EngineConfig, Limits
 from jax_engine.engine import Engine
@@ -26,12 +25,35 @@ _log = logging.getLogger(__name__)
 _LONG_PROMPT_CHARS = 4096
 
 
-@dataclass(eq=False)
 class _Stream:
-    """Where one request's outputs go."""
+    """Where one request's outputs go. `put` and `get` are for the thread of the caller's loop."""
 
-    loop: asyncio.AbstractEventLoop
-    outputs: asyncio.Queue[RequestOutput | EngineError]
+    def __init__(self, kind: RequestOutputKind):
+        self.loop = asyncio.get_running_loop()
+        self._is_delta = kind is RequestOutputKind.DELTA
+        self._outputs: list[RequestOutput | EngineError] = []  # at most one, and an error after it
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, output: RequestOutput | EngineError) -> None:
+        """Adds an output. One that has not been taken yet is joined with it: a reader who is slower than the engine
+        gets several tokens at a time."""
+        last = self._outputs[-1] if self._outputs else None
+        if isinstance(last, RequestOutput) and isinstance(output, RequestOutput):
+            if self._is_delta:
+                last.take_in(output)
+            else:
+                self._outputs[-1] = output
+        else:
+            self._outputs.append(output)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def get(self) -> RequestOutput | EngineError:
+        """Waits for an output."""
+        while not self._outputs:
+            self._waiter = self.loop.create_future()
+            await self._waiter
+        return self._outputs.pop(0)
 
 
 class AsyncEngine:
@@ -111,7 +133,7 @@ class AsyncEngine:
         request_id = request_id or uuid.uuid4().hex
         self._num_streams += 1
         done = False
-        stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
+        stream = _Stream(sampling_params.output_kind)
         try:
             long = isinstance(prompt, str) and len(prompt) > _LONG_PROMPT_CHARS
             if long or sampling_params.structured_outputs is not None:
@@ -120,7 +142,7 @@ class AsyncEngine:
                 request = make(request_id, prompt, sampling_params, priority, embed=embed)
             self._inbox.put(lambda: self._add(request, stream))
             while not done:
-                output = await stream.outputs.get()
+                output = await stream.get()
                 done = isinstance(output, EngineError) or output.finished
                 if isinstance(output, EngineError):
                     raise output
@@ -232,7 +254,7 @@ class AsyncEngine:
     def _send(loop: asyncio.AbstractEventLoop, entries: list[tuple[_Stream, RequestOutput | EngineError]]) -> None:
         def put() -> None:
             for stream, output in entries:
-                stream.outputs.put_nowait(output)
+                stream.put(output)
 
         try:
             loop.call_soon_threadsafe(put)

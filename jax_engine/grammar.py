@@ -27,6 +27,7 @@ _CACHE_SIZE = 256
 _COMPILE_FUEL = 5_000_000
 _STEP_FUEL = 500_000
 _MAX_GRAMMAR_SYMBOLS = 200_000
+_PARAM = "structured_outputs"
 
 
 class Grammar:
@@ -49,7 +50,7 @@ class GrammarCompiler:
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Iterable[int]):
-        self._vocabulary = _Vocabulary(tokenizer, vocab_size, sorted(eos_token_ids))
+        self._vocabulary = tokenizer, vocab_size, sorted(eos_token_ids)
         self._limits = llguidance.LLParserLimits(
             initial_lexer_fuel=_COMPILE_FUEL,
             step_lexer_fuel=_STEP_FUEL,
@@ -60,8 +61,9 @@ class GrammarCompiler:
 
     @functools.cached_property
     def _tokenizer(self) -> llguidance.LLTokenizer:
-        eos = self._vocabulary.eos_token_ids
-        return llguidance.LLTokenizer(llguidance.TokenizerWrapper(self._vocabulary), eos_token=eos)
+        """Made for the first request that needs it: reading a large vocabulary takes a second."""
+        wrapper = llguidance.TokenizerWrapper(_Vocabulary(*self._vocabulary))
+        return llguidance.LLTokenizer(wrapper, eos_token=self._vocabulary[2])
 
     def _compile(self, params: StructuredOutputsParams) -> Grammar:
         """The grammar of what a request asks for.
@@ -69,9 +71,11 @@ class GrammarCompiler:
         Raises:
             InvalidRequest: it is malformed, can never be matched, or takes too long.
         """
+        if not self._vocabulary[2]:
+            raise InvalidRequest("the model has no token that ends an output: it cannot be structured", _PARAM)
         matcher = llguidance.LLMatcher(self._tokenizer, _source(params), limits=self._limits, log_level=0)
         if matcher.is_error():
-            raise InvalidRequest(f"structured_outputs: {_first_line(matcher.get_error())}", "structured_outputs")
+            raise InvalidRequest(f"structured_outputs: {_first_line(matcher.get_error())}", _PARAM)
         return Grammar(matcher)
 
 
@@ -80,7 +84,6 @@ class _Vocabulary:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: list[int]):
         self._tokenizer = tokenizer
-        self.eos_token_ids = eos_token_ids
         self.eos_token_id = eos_token_ids[0]
         self.bos_token_id = tokenizer.bos_token_id
         self.special_token_ids = sorted(tokenizer.special_token_ids)

@@ -76,6 +76,15 @@ class CompletionOutput:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
 
+    def take_in(self, newer: "CompletionOutput") -> None:
+        """Joins the next part of a stream of DELTA outputs to this one."""
+        self.text += newer.text
+        self.token_ids += newer.token_ids
+        if self.logprobs is not None and newer.logprobs is not None:
+            self.logprobs += newer.logprobs
+        self.cumulative_logprob = newer.cumulative_logprob
+        self.finish_reason, self.stop_reason = newer.finish_reason, newer.stop_reason
+
 
 @dataclass(slots=True)
 class RequestMetrics:
@@ -108,3 +117,15 @@ class RequestOutput:
     embedding: np.ndarray | None = None
     error: str | None = field(default=None)
     error_param: str | None = field(default=None)
+
+    def take_in(self, newer: "RequestOutput") -> None:
+        """Joins the next output of a stream of DELTA outputs to this one."""
+        mine = {output.index: output for output in self.outputs}
+        for output in newer.outputs:
+            if output.index in mine:
+                mine[output.index].take_in(output)
+            else:
+                self.outputs.append(output)
+        self.finished, self.metrics = newer.finished, newer.metrics
+        self.prompt_logprobs, self.num_cached_tokens = newer.prompt_logprobs, newer.num_cached_tokens
+        self.embedding, self.error, self.error_param = newer.embedding, newer.error, newer.error_param

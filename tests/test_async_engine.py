@@ -55,6 +55,25 @@ async def test_the_kinds_of_output_agree(engine):
     await all_pages_back(engine)
 
 
+async def test_a_slow_reader_gets_several_tokens_at_a_time(engine):
+    fields = {"n": 2, "logprobs": 1, "output_kind": RequestOutputKind.DELTA, "max_tokens": 40, "seed": 3}
+    quick = await collect(engine, **fields)
+    slow = []
+    async for output in engine.generate(PROMPT, params(**fields)):
+        slow.append(output)
+        await until(lambda: engine._engine.num_requests == 0)
+        await asyncio.sleep(0.01)
+    assert len(slow) <= 3
+    for index in (0, 1):
+        parts = [[c for output in outputs for c in output.outputs if c.index == index] for outputs in (quick, slow)]
+        for field in ("token_ids", "logprobs"):
+            one, other = ([item for c in some for item in getattr(c, field)] for some in parts)
+            assert one == other and len(one) == 40
+        assert "".join(c.text for c in parts[0]) == "".join(c.text for c in parts[1])
+        assert parts[1][-1].finish_reason is FinishReason.LENGTH
+        assert parts[1][-1].cumulative_logprob == parts[0][-1].cumulative_logprob
+
+
 async def test_cancelling_the_reader_aborts(engine):
     task = asyncio.create_task(collect(engine, max_tokens=100))
     await until(lambda: engine._engine.num_requests == 1)

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jax_engine.batch import Batch, BatchLayout, StepResult
+from jax_engine.batch import Batch, BatchLayout, Bucket, StepResult
 from jax_engine.config import Limits
+from jax_engine.features import Feature
 
 #: What stands in a place of the pool that nothing was written to.
 _UNWRITTEN = -(10**9)
@@ -24,9 +25,10 @@ def next_token(history: Sequence[int] | np.ndarray, vocab_size: int) -> int:
 class FakeHandle:
     """A step that is ready at once, or after `result` was asked for, as the runner was told."""
 
-    def __init__(self, tokens: list[int], ready: bool, sampled: bool = True):
+    def __init__(self, tokens: list[int], ready: bool, sampled: bool = True, extras: tuple = (None, None, None)):
         self.tokens = tokens
         self.sampled = sampled
+        self._extras = extras
         self._ready = ready
 
     def is_ready(self) -> bool:
@@ -36,7 +38,7 @@ class FakeHandle:
     def result(self) -> StepResult:
         """The step's tokens."""
         assert self.sampled, "the result of a deferred step was asked for before it was sampled"
-        return StepResult(self.tokens)
+        return StepResult(self.tokens, *self._extras)
 
 
 class FakeRunner:
@@ -79,7 +81,8 @@ class FakeRunner:
             assert (history >= 0).all(), "attention would read a place that was never written"
             tokens[row] = next_token(history, self.vocab_size)
         self._last_tokens[parts["slots"]] = _UNWRITTEN if batch.deferred else tokens
-        return FakeHandle(tokens, ready=False, sampled=not batch.deferred)
+        extras = _extras(bucket, Feature(int(parts["scalars"][1])))
+        return FakeHandle(tokens, ready=False, sampled=not batch.deferred, extras=extras)
 
     def sample(self, handle: FakeHandle, batch: Batch, mask: np.ndarray) -> None:
         """Samples a deferred step: the token, or the next greater one that its row's mask allows, going round."""
@@ -90,3 +93,17 @@ class FakeRunner:
         slots = BatchLayout(batch.bucket, self.limits.max_pages_per_seq).unpack(batch.packed)["slots"]
         self._last_tokens[slots] = handle.tokens
         handle.sampled = True
+
+
+def _extras(bucket: Bucket, features: Feature) -> tuple:
+    """Log-probabilities of zero and hidden states of one, where somebody asked for any."""
+
+    def logprobs(count: int) -> tuple[np.ndarray, ...]:
+        top_ids = np.tile(np.arange(20, dtype=np.int32), (count, 1))
+        return np.zeros(count), np.ones(count, np.int32), top_ids, np.zeros((count, 20))
+
+    return (
+        logprobs(bucket.num_seqs) if Feature.LOGPROBS in features else None,
+        logprobs(bucket.num_tokens) if Feature.PROMPT_LOGPROBS in features else None,
+        np.ones((bucket.num_seqs, 4), np.float32) if Feature.HIDDEN in features else None,
+    )
