@@ -169,7 +169,8 @@ def _kernel(spec: AttendSpec, num_kinds: int, *refs: Any):
         sinks, refs = refs[:num_kinds], refs[num_kinds:]
     pool, refs = refs[0], refs[1:]
     results, refs = refs[:num_kinds], refs[num_kinds:]
-    shared = _Refs(*scalars, pool, *refs[:2])
+    common: list[Any] = [*scalars, pool, *refs[:2]]
+    shared = _Refs(*common)
     num_decodes, num_items = shared.counts[0], shared.counts[1]
     groups = []
     for kind, first in enumerate((0, num_decodes)[:num_kinds]):
