@@ -11,7 +11,8 @@ from typing import Any
 from absl import flags as absl_flags
 
 from benchmarks import program, report
-from jax_engine.config import ModelConfig
+from jax_engine.model_config import ModelConfig
+from jax_engine.models import read_config
 from jax_engine.models.shapes import NAMED_SHAPES
 
 BATCHES = (1, 8, 32, 64, 128, 256)
@@ -77,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
     if not program.parse(flag_values, "benchmarks.tpu_roofline", __doc__, argv[1:]):
         return 0
     context = flag_values["context"].value
-    entries = roofline(ModelConfig.from_hf(NAMED_SHAPES[flag_values["shape"].value]), context)
+    entries = roofline(read_config(NAMED_SHAPES[flag_values["shape"].value]), context)
     rows = [("chip", "batch", "weights GB", "KV GB", "writes GB", "memory ms", "compute ms", "tokens/s", "fits")]
     for entry in entries:
         gigabytes = [f"{entry[name] / 1e9:.2f}" for name in ("weight_bytes", "kv_bytes", "write_bytes")]

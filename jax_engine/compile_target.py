@@ -18,8 +18,9 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_engine.batch import Bucket, buckets
-from jax_engine.config import EngineConfig, Limits, ModelConfig, resolve
+from jax_engine.config import EngineConfig, Limits, resolve
 from jax_engine.errors import ConfigError
+from jax_engine.model_config import ModelConfig
 from jax_engine.program import ModelProgram
 
 #: Names of one chip, which need to be told that it is alone on its host.
@@ -140,7 +141,8 @@ def fit(config: EngineConfig, model: ModelConfig, target: Target) -> tuple[Model
     temp = compile_step(program, largest, small).temp_bytes
     weights = sum(_bytes_per_device(want) for want in program.wanted.values())
     page = program.page_bytes(limits.page_size)
-    pages = int(target.hbm_bytes * config.gpu_memory_utilization - weights - temp) // page
+    other = weights + temp + program.state_bytes(limits)
+    pages = int(target.hbm_bytes * config.gpu_memory_utilization - other) // page
     useful = limits.max_num_seqs * limits.max_pages_per_seq
     found = Fit(limits, weights, temp, page, useful, max(pages, 0))
     if pages < limits.max_pages_per_seq:

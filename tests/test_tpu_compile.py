@@ -16,8 +16,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_engine import compile_target
 from jax_engine.batch import Bucket
-from jax_engine.config import EngineConfig, ModelConfig, resolve
+from jax_engine.config import EngineConfig, resolve
 from jax_engine.errors import ConfigError
+from jax_engine.model_config import ModelConfig
+from jax_engine.models import read_config
 from jax_engine.models.shapes import NAMED_SHAPES
 from jax_engine.program import ModelProgram
 from pallas_kernels.ragged_paged_attention import Device, Ragged, plan, pool_shape, ragged_paged_attention, write_kv
@@ -114,7 +116,7 @@ def engine_limits(model: ModelConfig, num_pages: int, **options):
     return resolve(config, model, platform="tpu", num_pages=num_pages)
 
 
-LLAMA_8B = ModelConfig.from_hf(NAMED_SHAPES["llama-3.1-8b"])
+LLAMA_8B = read_config(NAMED_SHAPES["llama-3.1-8b"])
 
 
 @pytest.mark.long

@@ -47,11 +47,11 @@ def run(argv: Sequence[str]) -> int:
     config = dataclasses.replace(common.engine_config(flag_values), load_format="dummy")  # weights are not read
     _prepare(name)
     from jax_engine import compile_target
-    from jax_engine.config import ModelConfig
+    from jax_engine.models import read_config
     from jax_engine.start import open_model
 
     target = compile_target.open_target(name)
-    program, fit = compile_target.fit(config, ModelConfig.from_hf(open_model(config).config), target)
+    program, fit = compile_target.fit(config, read_config(open_model(config).config), target)
     reports = []
     try:
         for report in compile_target.compile_buckets(program, fit.limits):
