@@ -75,7 +75,9 @@ class ModelProgram:
         layout = BatchLayout(bucket, limits.max_pages_per_seq)
         static = functools.partial(step, self._graph, layout, limits.page_size, self.device)
         # Who asks for float32 means it: accelerators would else multiply in a shorter format.
-        with jax.default_matmul_precision("highest" if self.dtype == jnp.float32 else "default"):
+        precision = jax.default_matmul_precision("highest" if self.dtype == jnp.float32 else "default")
+        # Pallas asks the mesh which chip a kernel is for.
+        with precision, jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
             lowered = jax.jit(static, donate_argnums=1).lower(
                 nested(self._abstract_weights()),
                 self.cache_shapes(limits),

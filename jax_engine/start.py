@@ -27,7 +27,7 @@ def start_engine(config: EngineConfig) -> Engine:
         CheckpointError: there is no such model, or it is incomplete or damaged.
     """
     started = time.monotonic()
-    checkpoint = _open(config)
+    checkpoint = open_model(config)
     runner = ModelRunner(config, checkpoint)
     limits = runner.limits
     tokens = limits.num_pages * limits.page_size
@@ -78,7 +78,12 @@ def log_header(config: EngineConfig, runner: ModelRunner) -> Header:
     )
 
 
-def _open(config: EngineConfig) -> Checkpoint:
+def open_model(config: EngineConfig) -> Checkpoint:
+    """The checkpoint that `config.model` names, or a named shape without weights.
+
+    Raises:
+        ConfigError, CheckpointError: there is none.
+    """
     if config.model not in NAMED_SHAPES:
         return open_checkpoint(config.model, tokenizer=config.tokenizer, weights=config.load_format != "dummy")
     if config.load_format != "dummy":

@@ -22,6 +22,7 @@ COMMANDS = {
     "fit": "Fit a cost model from a step log.",
     "simulate": "Predict what an engine would do with a trace.",
     "plan": "Find the cheapest configuration that meets latency targets.",
+    "compile": "Compile a model's steps for a device that is not here, and say what fits.",
 }
 
 

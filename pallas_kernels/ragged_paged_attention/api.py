@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.ragged_paged_attention import xla
+from pallas_kernels.ragged_paged_attention import tpu, xla
 from pallas_kernels.ragged_paged_attention.implementation import Device, Implementation, Options
 
-_IMPLEMENTATIONS: dict[str, Implementation] = {"xla": xla}
-_PREFERRED = {"cpu": "xla", "gpu": "xla", "tpu": "xla"}
+_IMPLEMENTATIONS: dict[str, Implementation] = {"xla": xla, "tpu": tpu}
+_PREFERRED = {"cpu": "xla", "gpu": "xla", "tpu": "tpu"}
 
 
 @jax.tree_util.register_dataclass
