@@ -14,10 +14,12 @@ from dataclasses import dataclass
 
 from jax_engine.config import EngineConfig, Limits
 from jax_engine.engine import Engine
-from jax_engine.errors import EngineError, EngineStopped, QueueFull
+from jax_engine.errors import EngineError, EngineStopped, QueueFull, SlowReader
+from jax_engine.metrics import Gauges, Metrics
 from jax_engine.request import Request, RequestOutput
 from jax_engine.sampling_params import RequestOutputKind, SamplingParams
 from jax_engine.start import start_engine
+from jax_engine.timeline import Timeline
 from jax_engine.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -30,8 +32,10 @@ _LONG_PROMPT_CHARS = 4096
 class _Stream:
     """Where one request's outputs go."""
 
+    request_id: str
     loop: asyncio.AbstractEventLoop
     outputs: asyncio.Queue[RequestOutput | EngineError]
+    overflowed: bool = False
 
 
 class AsyncEngine:
@@ -50,9 +54,10 @@ class AsyncEngine:
         self._engine = start_engine(config) if engine is None else engine
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}
-        self._num_streams = 0
+        self._open: set[_Stream] = set()  # all that are read, also those whose request has not reached the thread
         self._draining = False
-        self._error: BaseException | None = None
+        self._stopped = False
+        self._turn_started: float | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -72,19 +77,39 @@ class AsyncEngine:
         return self.config.model
 
     @property
-    def metrics(self):
-        """Counters; see metrics.Metrics."""
+    def metrics(self) -> Metrics:
+        """Counters."""
         return self._engine.metrics
 
     @property
+    def gauges(self) -> Gauges:
+        """What the engine holds now."""
+        return self._engine.gauges
+
+    @property
+    def timeline(self) -> Timeline:
+        """What host and device did lately."""
+        return self._engine.timeline
+
+    @property
     def is_alive(self) -> bool:
-        """Whether the engine's thread runs."""
-        return self._thread.is_alive()
+        """Whether the engine's thread runs and `fail` has not been called."""
+        return self._thread.is_alive() and not self._stopped
+
+    @property
+    def turn_seconds(self) -> float:
+        """How long the engine's thread has been in the present turn of its loop; 0 while it waits for requests.
+
+        A turn dispatches one step and waits for one, so a figure far above a step's time means that the device or a
+        thread hangs.
+        """
+        started = self._turn_started
+        return 0.0 if started is None else self._engine.clock() - started
 
     @property
     def num_requests(self) -> int:
         """Requests that have not finished."""
-        return self._num_streams
+        return len(self._open)
 
     async def generate(
         self,
@@ -102,22 +127,25 @@ class AsyncEngine:
         Raises:
             InvalidRequest, QueueFull, EngineStopped: before the first output.
             EngineStopped: at any time, if the engine dies.
+            SlowReader: after the outputs that were in time.
         """
         if self._draining or not self.is_alive:
             raise EngineStopped("the engine takes no more requests")
-        if self._num_streams >= self.config.max_queued_requests:
-            raise QueueFull(f"{self._num_streams} requests are in line; try again later", retry_after=1.0)
+        if len(self._open) >= self.config.max_queued_requests:
+            raise QueueFull(f"{len(self._open)} requests are in line; try again later", retry_after=1.0)
         make = self._engine.make_request
         request_id = request_id or uuid.uuid4().hex
-        self._num_streams += 1
         done = False
-        stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
+        stream = _Stream(request_id, asyncio.get_running_loop(), asyncio.Queue())
+        self._open.add(stream)
         try:
             long = isinstance(prompt, str) and len(prompt) > _LONG_PROMPT_CHARS
             if long or sampling_params.structured_outputs is not None:
                 request = await asyncio.to_thread(make, request_id, prompt, sampling_params, priority, embed=embed)
             else:
                 request = make(request_id, prompt, sampling_params, priority, embed=embed)
+            if self._stopped:
+                raise EngineStopped("the engine has stopped")
             self._inbox.put(lambda: self._add(request, stream))
             while not done:
                 output = await stream.outputs.get()
@@ -126,7 +154,7 @@ class AsyncEngine:
                     raise output
                 yield output
         finally:
-            self._num_streams -= 1
+            self._open.discard(stream)
             if not done:
                 self._inbox.put(lambda: self._abort(request_id, stream))
 
@@ -157,7 +185,7 @@ class AsyncEngine:
         """Takes no more requests, and waits for those that run, but at most `timeout_s` seconds."""
         self._draining = True
         deadline = asyncio.get_running_loop().time() + timeout_s
-        while self._num_streams and asyncio.get_running_loop().time() < deadline:
+        while self._open and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.02)
 
     def shutdown(self) -> None:
@@ -169,20 +197,31 @@ class AsyncEngine:
     def _run(self) -> None:
         try:
             while self._take_inbox():
+                self._turn_started = self._engine.clock()
                 outputs = self._engine.step()
+                self._turn_started = None
                 if outputs:
                     self._deliver([(output.request_id, output) for output in outputs])
                     for output in outputs:
                         if output.finished:
                             self._streams.pop(output.request_id, None)
-        except BaseException as error:
+        except BaseException:
             _log.exception("the engine has died")
-            self._error = error
         finally:
-            stopped = EngineStopped("the engine has stopped")
-            self._draining = True
+            self._turn_started = None
             self._engine.step_log.close()
-            self._deliver([(request_id, stopped) for request_id in self._streams])
+            self._stop_streams()
+
+    def fail(self) -> None:
+        """Gives the engine up, from another thread, because its own hangs: every iterator raises EngineStopped, and no
+        request is taken any more. The thread is left alone; the process should end."""
+        self._stop_streams()
+
+    def _stop_streams(self) -> None:
+        self._draining = self._stopped = True
+        stopped = EngineStopped("the engine has stopped")
+        for stream in list(self._open):
+            self._send(stream.loop, [(stream, stopped)])
 
     def _take_inbox(self) -> bool:
         """Carries out what has come in; waits for it if there is no other work. False means: stop."""
@@ -192,7 +231,9 @@ class AsyncEngine:
             while True:
                 command = self._inbox.get(block=wait)
                 if wait:
-                    self._engine.metrics.add_no_work(self._engine.clock() - started)
+                    ended = self._engine.clock()
+                    self._engine.metrics.add_no_work(ended - started)
+                    self._engine.timeline.add_phase("no_work", started, ended)
                     wait = False
                 if command is None:
                     return False
@@ -228,13 +269,21 @@ class AsyncEngine:
         for loop, entries in by_loop.items():
             self._send(loop, entries)
 
-    @staticmethod
-    def _send(loop: asyncio.AbstractEventLoop, entries: list[tuple[_Stream, RequestOutput | EngineError]]) -> None:
-        def put() -> None:
-            for stream, output in entries:
-                stream.outputs.put_nowait(output)
-
+    def _send(
+        self, loop: asyncio.AbstractEventLoop, entries: list[tuple[_Stream, RequestOutput | EngineError]]
+    ) -> None:
         try:
-            loop.call_soon_threadsafe(put)
+            loop.call_soon_threadsafe(self._put, entries)
         except RuntimeError:
             _log.debug("a caller's event loop is closed; its outputs are dropped")
+
+    def _put(self, entries: list[tuple[_Stream, RequestOutput | EngineError]]) -> None:
+        """In the readers' event loop: hands over outputs; a reader that has left too many unread gets no more."""
+        limit = self.config.max_unread_outputs
+        for stream, output in entries:
+            if stream.outputs.qsize() < limit:
+                stream.outputs.put_nowait(output)
+            elif not stream.overflowed:
+                stream.overflowed = True
+                stream.outputs.put_nowait(SlowReader(f"{limit} outputs were left unread; the request was aborted"))
+                self._inbox.put(lambda stream=stream: self._abort(stream.request_id, stream))
