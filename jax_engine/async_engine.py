@@ -12,9 +12,11 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Sequence as AbstractSequence
 from dataclasses import dataclass
 
+import jax
+
 from jax_engine.config import EngineConfig, Limits
 from jax_engine.engine import Engine
-from jax_engine.errors import EngineError, EngineStopped, QueueFull, SlowReader
+from jax_engine.errors import EngineError, EngineStopped, InvalidRequest, QueueFull, SlowReader
 from jax_engine.metrics import Gauges, Metrics
 from jax_engine.request import Request, RequestOutput
 from jax_engine.sampling_params import RequestOutputKind, SamplingParams
@@ -85,6 +87,10 @@ class AsyncEngine:
     def gauges(self) -> Gauges:
         """What the engine holds now."""
         return self._engine.gauges
+
+    def page_references(self) -> list[int]:
+        """How many sequences hold each KV page."""
+        return self._engine.scheduler.pool.references()
 
     @property
     def timeline(self) -> Timeline:
@@ -180,6 +186,28 @@ class AsyncEngine:
     async def abort(self, request_id: str) -> None:
         """Ends a request; its iterator gives a last output with finish_reason `abort`."""
         self._inbox.put(lambda: self._abort(request_id, None))
+
+    def start_profile(self, folder: str) -> None:
+        """Lets jax record host and device into a folder, for TensorBoard or Perfetto; slows steps down.
+
+        Raises:
+            InvalidRequest: it is recording already.
+        """
+        try:
+            jax.profiler.start_trace(folder)
+        except RuntimeError as error:
+            raise InvalidRequest(f"no profile can be started: {error}") from None
+
+    def stop_profile(self) -> None:
+        """Writes what was recorded; takes seconds.
+
+        Raises:
+            InvalidRequest: nothing is being recorded.
+        """
+        try:
+            jax.profiler.stop_trace()
+        except RuntimeError as error:
+            raise InvalidRequest(f"no profile can be stopped: {error}") from None
 
     async def drain(self, timeout_s: float) -> None:
         """Takes no more requests, and waits for those that run, but at most `timeout_s` seconds."""

@@ -103,6 +103,10 @@ class Metrics:
         self.histograms = _histograms()
         self._since = self._clock()
 
+    def now(self) -> float:
+        """The engine's clock, in seconds."""
+        return self._clock()
+
     def add_phase(self, phase: str, seconds: float, device_idle: bool) -> None:
         """Books one phase of a turn."""
         self.host_seconds[phase] += seconds

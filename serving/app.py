@@ -14,7 +14,7 @@ from serving.keys import digests, key_middleware
 from serving.limits import client_limits
 from serving.metrics import ServerMetrics
 from serving.observe import add_request_id, request_middleware
-from serving.routes import ROUTES
+from serving.routes import ROUTES, page
 from serving.security import add_security_headers, cors
 from serving.state import STATE, ServerState
 from serving.tools import formats
@@ -42,6 +42,7 @@ def create_app(
     cors_origins: Sequence[str] = (),
     vllm_metrics: bool = False,
     profile_dir: str | None = None,
+    with_page: bool = True,
 ) -> web.Application:
     """The application; run it with `handler_cancellation=True`, or clients that leave go on costing.
 
@@ -58,6 +59,7 @@ def create_app(
         cors_origins: web origins that may call from a browser.
         vllm_metrics: export metrics under vLLM's names too.
         profile_dir: where profiles are written; None switches profiling off.
+        with_page: serve the page at /.
     """
     names = tuple(served_model_names) or (engine.model_name,)
     app = web.Application(client_max_size=max_body_bytes)
@@ -85,4 +87,6 @@ def create_app(
     app.on_response_prepare.append(add_security_headers)
     for module in ROUTES:
         module.add_routes(app.router)
+    if with_page:
+        page.add_routes(app.router)
     return app

@@ -33,6 +33,7 @@ class ServerOptions:
     host: str = _option("127.0.0.1", "Address to listen on; 0.0.0.0 for all.")
     port: int = _option(8000, "Port to listen on; 0 for any free one.")
     served_model_name: tuple[str, ...] = _option((), "Names that clients may use for the model. Default: its own.")
+    page: bool = _option(True, "Serve the page at /: a chat and a live view of the engine.")
 
     api_key_file: str | None = _option(
         None, "File of accepted API keys, one per line, plain or as sha256:HEX; also JAX_ENGINE_API_KEY."
@@ -67,6 +68,8 @@ class ServerOptions:
     )
     log_interval_s: float = _option(10.0, "Seconds between two lines of figures in the log; 0 for none.")
     vllm_metrics: bool = _option(False, "Export metrics under vLLM's names too.")
+    trace_file: str | None = _option(None, "Write the last steps there when the server ends, as a trace for Perfetto.")
+    profile_dir: str | None = _option(None, "Folder that /admin/start_profile lets jax write to; off without it.")
 
     def __post_init__(self) -> None:
         for name, allowed in (("tool_call_parser", TOOL_FORMATS), ("reasoning_parser", REASONING_MARKS)):

@@ -21,6 +21,7 @@ from serving.loading import loading_app
 from serving.observe import log_figures, measure_lag
 from serving.options import ServerOptions
 from serving.state import STATE, ServerState
+from serving.trace import write_trace
 from serving.watchdog import dump_stacks, watch
 
 if TYPE_CHECKING:
@@ -116,6 +117,7 @@ async def run_server(
                 await runner.cleanup()
         finally:
             engine.shutdown()
+            _write_trace(engine, options)
 
 
 def _app(engine: "AsyncEngine", options: ServerOptions, keys: Sequence[str], admin: Sequence[str]) -> web.Application:
@@ -133,7 +135,16 @@ def _app(engine: "AsyncEngine", options: ServerOptions, keys: Sequence[str], adm
         cors_origins=options.cors_origins,
         vllm_metrics=options.vllm_metrics,
         profile_dir=options.profile_dir,
+        with_page=options.page,
     )
+
+
+def _write_trace(engine: "AsyncEngine", options: ServerOptions) -> None:
+    if options.trace_file is not None:
+        try:
+            write_trace(options.trace_file, engine.timeline.spans())
+        except OSError as error:
+            log.error("trace_file cannot be written: %s", error)
 
 
 def _runner(app: web.Application, options: ServerOptions) -> web.AppRunner:

@@ -261,11 +261,13 @@ async def test_loading_is_said_on_the_port_and_a_signal_ends_it():
         assert await asyncio.to_thread(process.wait, 10) == 128 + signal.SIGTERM
 
 
-async def test_sigterm_ends_an_idle_server_at_once_and_figures_are_logged():
-    with server_process("--log_format=json") as (process, url, lines):
+async def test_sigterm_ends_an_idle_server_at_once_and_figures_are_logged(tmp_path):
+    trace = tmp_path / "trace.json"
+    with server_process("--log_format=json", f"--trace_file={trace}") as (process, url, lines):
         async with aiohttp.ClientSession(url) as session:
             await canary(session)
             await until(lambda: any("tok/s" in line for line in lines))
         process.send_signal(signal.SIGTERM)
         assert await asyncio.to_thread(process.wait, 10) == 0
     assert all(json.loads(line)["message"] for line in lines)
+    assert any(event["name"] == "step 0" for event in json.loads(trace.read_text())["traceEvents"])

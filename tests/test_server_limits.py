@@ -167,3 +167,16 @@ async def test_tls(tmp_path):
         ServerOptions(tls_cert_file=cert, tls_key_file=cert).ssl_context()
     with pytest.raises(ConfigError, match="No such file"):
         ServerOptions(tls_cert_file=cert, tls_key_file=str(tmp_path / "none")).ssl_context()
+
+
+async def test_admin_addresses_need_a_key_of_their_own(tmp_path):
+    path = "/admin/start_profile"
+    key = {"Authorization": "Bearer boss"}
+    async with client_of(FakeAsyncEngine(), api_keys=["user"]) as client:
+        for headers in ({}, {"Authorization": "Bearer user"}, key):
+            await error_of(await client.post(path, headers=headers), 404)
+    async with client_of(FakeAsyncEngine(), api_keys=["user"], admin_keys=["boss"]) as client:
+        for headers in ({}, {"Authorization": "Bearer user"}):
+            await error_of(await client.post(path, headers=headers), 401)
+        assert "--profile_dir" in (await error_of(await client.post(path, headers=key), 400))["message"]
+        await error_of(await client.get("/v1/models", headers=key), 401)

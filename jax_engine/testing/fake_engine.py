@@ -105,6 +105,11 @@ class FakeAsyncEngine:
             num_pages=limits.num_pages,
         )
 
+    def page_references(self) -> list[int]:
+        """See AsyncEngine.page_references."""
+        gauges = self.gauges
+        return [int(page < gauges.used_pages) for page in range(gauges.num_pages)]
+
     async def generate(
         self,
         prompt: str | Sequence[int],

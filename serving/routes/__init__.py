@@ -1,8 +1,10 @@
 """One file per address. Each has `add_routes(router)`; a new one is a file here and a name in ROUTES."""
 
 from serving.routes import (
+    admin,
     chat,
     completions,
+    debug,
     embeddings,
     health,
     messages,
@@ -13,4 +15,4 @@ from serving.routes import (
     tokens,
 )
 
-ROUTES = (models, completions, chat, responses, messages, embeddings, tokens, health, metrics, openapi)
+ROUTES = (models, completions, chat, responses, messages, embeddings, tokens, health, openapi, metrics, debug, admin)
