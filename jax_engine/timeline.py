@@ -93,13 +93,10 @@ class Timeline:
         self._num_steps += 1
         return ready - start
 
+    def inflight(self) -> list[float]:
+        """When the steps were dispatched that are not read back; may be called from any thread."""
+        return [step.dispatched for step in self._inflight.copy()]
+
     def spans(self, since: float = 0.0) -> list[HostSpan | StepSpan]:
         """What ended after `since`, in order of booking; may be called from any thread."""
-        return [span for span in self._copy() if (span.end if isinstance(span, HostSpan) else span.ready) > since]
-
-    def _copy(self) -> list[HostSpan | StepSpan]:
-        while True:
-            try:
-                return list(self._spans)
-            except RuntimeError:  # the engine appended meanwhile
-                continue
+        return [span for span in self._spans.copy() if (span.end if isinstance(span, HostSpan) else span.ready) > since]

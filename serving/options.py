@@ -48,9 +48,7 @@ class ServerOptions:
     tool_call_parser: str = _option(
         "auto", "How the model writes tool calls: auto (by its chat template), none, hermes, ..."
     )
-    reasoning_parser: str = _option(
-        "auto", "How the model marks its reasoning: auto, none, think (<think>), mistral."
-    )
+    reasoning_parser: str = _option("auto", "How the model marks its reasoning: auto, none, think (<think>), mistral.")
 
     max_body_mib: int = _option(16, "Largest request body, in MiB.")
     max_header_kib: int = _option(16, "Largest single header or request line, in KiB.")

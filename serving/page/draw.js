@@ -1,5 +1,5 @@
 // Drawing on canvases, without a library. Each function takes a canvas and the data, and draws the whole picture anew.
-const LANES = ["schedule", "build", "dispatch", "wait", "commit"];
+const LANES = ["schedule", "build", "dispatch", "grammar", "wait", "commit"];
 
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`);
 
@@ -29,7 +29,7 @@ export function timeline(canvas, view, seconds) {
   const left = 62;
   const from = view.now - seconds;
   const x = (time) => left + ((time - from) / seconds) * (width - left);
-  const row = 22;
+  const row = 20;
   const device = row * LANES.length + 12;
   const deviceHeight = 44;
   const rect = (start, end, y, h, name) => {
@@ -40,12 +40,13 @@ export function timeline(canvas, view, seconds) {
     context.fillRect(x0, y, Math.max(w, 0.6), h);
     return w;
   };
+  axis(context, left, width, height, seconds);
   context.fillStyle = colour("soft");
   LANES.forEach((lane, index) => context.fillText(lane, 0, index * row + row / 2));
   context.fillText("device", 0, device + deviceHeight / 2);
   for (const [phase, start, end] of view.host) {
     const lane = LANES.indexOf(phase);
-    if (lane >= 0) rect(start, end, lane * row + 3, row - 6, phase);
+    if (lane >= 0) rect(start, end, lane * row + 2, row - 5, phase);
   }
   for (const [start, end, cause] of view.idle) rect(start, end, device + 8, deviceHeight - 16, cause);
   view.steps.forEach((step) => {
@@ -58,7 +59,11 @@ export function timeline(canvas, view, seconds) {
       context.fillText(`${step.num_tokens}/${step.batched_tokens}`, Math.max(left, x(step.start)) + 3, device + deviceHeight / 2);
     }
   });
-  axis(context, left, width, height, seconds);
+  context.globalAlpha = 0.35; // dispatched, not read back: it ends in the future
+  for (const dispatched of view.inflight) {
+    rect(Math.max(dispatched, view.steps.at(-1)?.ready ?? 0), view.now, device, deviceHeight, "decode");
+  }
+  context.globalAlpha = 1;
 }
 
 function axis(context, left, width, height, seconds) {
@@ -148,7 +153,7 @@ export function histogram(canvas, data) {
     context.fillRect(index * step + 1, height - 16 - h, step - 2, h);
     context.fillStyle = colour("soft");
     context.textAlign = "center";
-    if (step > 34 || index % 2 === 0) context.fillText(bound(low + index), (index + 0.5) * step, height - 7);
+    if (step > 48 || index % 2 === 0) context.fillText(bound(low + index), (index + 0.5) * step, height - 7);
   });
   const quantile = (share) => {
     let seen = 0;

@@ -4,8 +4,9 @@ import { bars, histogram, lines, pool, timeline } from "/page/draw.js";
 
 const POLL_MS = 400;
 const KEPT = 150; // samples of running and waiting
-const PHASES = { schedule: "schedule", build: "build batch", dispatch: "dispatch", wait: "wait for the device", commit: "commit", no_work: "no work" };
+const PHASES = { schedule: "schedule", build: "build batch", dispatch: "dispatch", grammar: "grammar", wait: "wait for the device", commit: "commit", no_work: "no work" };
 const samples = [];
+const recent = []; // the last steps, also those that have left the timeline's window
 let last = null;
 let paused = false;
 
@@ -66,7 +67,7 @@ function draw(view) {
   causes(view, seconds);
   tiles(view);
   lines($("load"), samples.map((sample) => [sample.gauges.running, sample.gauges.waiting]), ["running", "waiting"]);
-  bars($("fill"), view.steps.slice(-60));
+  bars($("fill"), recent);
   histogram($("ttft"), view.histograms.time_to_first_token);
   histogram($("itl"), view.histograms.inter_token);
   pool($("pool"), view.pages);
@@ -86,6 +87,8 @@ async function poll() {
     samples.push(last);
     if (samples.length > KEPT) samples.shift();
     for (const sample of samples.slice(0, -1)) sample.host = sample.steps = sample.idle = sample.pages = null;
+    recent.push(...last.steps.filter((step) => step.number > (recent.at(-1)?.number ?? -1)));
+    recent.splice(0, recent.length - 60);
     $("model").textContent = `${last.model} · ${last.limits.scheduling} · up to ${last.limits.max_num_seqs} sequences, ${last.limits.max_num_batched_tokens} tokens a step`;
     status(last.draining ? "shutting down" : "ready", last.draining);
     draw(last);

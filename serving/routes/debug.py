@@ -72,6 +72,7 @@ def _view(state: ServerState, seconds: float) -> dict[str, Any]:
         "gauges": dataclasses.asdict(source.gauges),
         "host": host,
         "steps": [step._asdict() for step in steps],
+        "inflight": source.timeline.inflight(),
         "idle": idle_spans(host, steps),
         "figures": {name: snapshot[name] for name in _FIGURES},
         "histograms": {name: snapshot["histograms"][name] for name in ("time_to_first_token", "inter_token")},
