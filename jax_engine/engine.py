@@ -289,8 +289,7 @@ class Engine:
         for sequence, message in failed:
             state = self._states[sequence.request.request_id]
             state.fail(f"structured_outputs: {message}", "structured_outputs")
-            for sibling in state.sequences:
-                self._end(sibling, FinishReason.ERROR)
+            self._end_all(state, FinishReason.ERROR)
             changed[state.request.request_id] = state
         return self._outputs(changed.values())
 
