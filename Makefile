@@ -15,7 +15,7 @@ stamp = $(VENV)/.installed-$(if $(and $(1),$(EXTRAS)),$(1)$(comma)$(EXTRAS),$(or
 export PYTHON
 
 .DELETE_ON_ERROR:
-.PHONY: help serve test test-long test-clients check format bench bench-host bench-static wheel clean
+.PHONY: help serve test test-long test-clients check format bench soak bench-host bench-static wheel clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
@@ -53,6 +53,9 @@ format: $(call stamp,check) ## format the sources and mend what lint can mend
 
 bench: $(call stamp) ## offline benchmark; ARGS="--workload=... --compare=static,sync,async"
 	$(PY) -m benchmarks.offline $(ARGS)
+
+soak: $(call stamp) ## ten minutes of load with clients that leave; fails if anything leaks or changes
+	$(PY) -m benchmarks.soak $(ARGS)
 
 bench-host: $(call stamp) ## host cost of a scheduler step, no device
 	$(PY) -m benchmarks.scheduler_host $(ARGS)

@@ -8,7 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jax_engine.config import EngineConfig, Limits
-from jax_engine.errors import ConfigError, EngineError, EngineStopped, InvalidRequest, QueueFull
+from jax_engine.errors import ConfigError, EngineError, EngineStopped, InvalidRequest, QueueFull, SlowReader
 from jax_engine.request import CompletionOutput, FinishReason, Logprob, RequestMetrics, RequestOutput
 from jax_engine.sampling_params import RequestOutputKind, SamplingParams
 from jax_engine.structured_outputs import StructuredOutputsParams
@@ -38,6 +38,7 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "SlowReader",
     "StructuredOutputsParams",
 ]
 

@@ -11,12 +11,16 @@ import threading
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence as AbstractSequence
 
+import jax
+
 from jax_engine.config import EngineConfig, Limits
 from jax_engine.engine import Engine
-from jax_engine.errors import EngineError, EngineStopped, QueueFull
+from jax_engine.errors import EngineError, EngineStopped, InvalidRequest, QueueFull, SlowReader
+from jax_engine.metrics import Gauges, Metrics
 from jax_engine.request import Request, RequestOutput
 from jax_engine.sampling_params import RequestOutputKind, SamplingParams
 from jax_engine.start import start_engine
+from jax_engine.timeline import Timeline
 from jax_engine.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -28,8 +32,11 @@ _LONG_PROMPT_CHARS = 4096
 class _Stream:
     """Where one request's outputs go. `put` and `get` are for the thread of the caller's loop."""
 
-    def __init__(self, kind: RequestOutputKind):
+    def __init__(self, request_id: str, kind: RequestOutputKind):
+        self.request_id = request_id
         self.loop = asyncio.get_running_loop()
+        self.num_unread = 0  # outputs since the last `get`, joined ones counted one by one
+        self.overflowed = False
         self._is_delta = kind is RequestOutputKind.DELTA
         self._outputs: list[RequestOutput | EngineError] = []  # at most one, and an error after it
         self._waiter: asyncio.Future[None] | None = None
@@ -37,6 +44,7 @@ class _Stream:
     def put(self, output: RequestOutput | EngineError) -> None:
         """Adds an output. One that has not been taken yet is joined with it: a reader who is slower than the engine
         gets several tokens at a time."""
+        self.num_unread += 1
         last = self._outputs[-1] if self._outputs else None
         if isinstance(last, RequestOutput) and isinstance(output, RequestOutput):
             if self._is_delta:
@@ -53,6 +61,7 @@ class _Stream:
         while not self._outputs:
             self._waiter = self.loop.create_future()
             await self._waiter
+        self.num_unread = 0
         return self._outputs.pop(0)
 
 
@@ -72,9 +81,10 @@ class AsyncEngine:
         self._engine = start_engine(config) if engine is None else engine
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}
-        self._num_streams = 0
+        self._open: set[_Stream] = set()  # all that are read, also those whose request has not reached the thread
         self._draining = False
-        self._error: BaseException | None = None
+        self._stopped = False
+        self._turn_started: float | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -94,19 +104,43 @@ class AsyncEngine:
         return self.config.model
 
     @property
-    def metrics(self):
-        """Counters; see metrics.Metrics."""
+    def metrics(self) -> Metrics:
+        """Counters."""
         return self._engine.metrics
 
     @property
+    def gauges(self) -> Gauges:
+        """What the engine holds now."""
+        return self._engine.gauges
+
+    def page_references(self) -> list[int]:
+        """How many sequences hold each KV page."""
+        return self._engine.scheduler.pool.references()
+
+    @property
+    def timeline(self) -> Timeline:
+        """What host and device did lately."""
+        return self._engine.timeline
+
+    @property
     def is_alive(self) -> bool:
-        """Whether the engine's thread runs."""
-        return self._thread.is_alive()
+        """Whether the engine's thread runs and `fail` has not been called."""
+        return self._thread.is_alive() and not self._stopped
+
+    @property
+    def turn_seconds(self) -> float:
+        """How long the engine's thread has been in the present turn of its loop; 0 while it waits for requests.
+
+        A turn dispatches one step and waits for one, so a figure far above a step's time means that the device or a
+        thread hangs.
+        """
+        started = self._turn_started
+        return 0.0 if started is None else self._engine.clock() - started
 
     @property
     def num_requests(self) -> int:
         """Requests that have not finished."""
-        return self._num_streams
+        return len(self._open)
 
     async def generate(
         self,
@@ -124,22 +158,25 @@ class AsyncEngine:
         Raises:
             InvalidRequest, QueueFull, EngineStopped: before the first output.
             EngineStopped: at any time, if the engine dies.
+            SlowReader: after the outputs that were in time.
         """
         if self._draining or not self.is_alive:
             raise EngineStopped("the engine takes no more requests")
-        if self._num_streams >= self.config.max_queued_requests:
-            raise QueueFull(f"{self._num_streams} requests are in line; try again later", retry_after=1.0)
+        if len(self._open) >= self.config.max_queued_requests:
+            raise QueueFull(f"{len(self._open)} requests are in line; try again later", retry_after=1.0)
         make = self._engine.make_request
         request_id = request_id or uuid.uuid4().hex
-        self._num_streams += 1
         done = False
-        stream = _Stream(sampling_params.output_kind)
+        stream = _Stream(request_id, sampling_params.output_kind)
+        self._open.add(stream)
         try:
             long = isinstance(prompt, str) and len(prompt) > _LONG_PROMPT_CHARS
             if long or sampling_params.structured_outputs is not None:
                 request = await asyncio.to_thread(make, request_id, prompt, sampling_params, priority, embed=embed)
             else:
                 request = make(request_id, prompt, sampling_params, priority, embed=embed)
+            if self._stopped:
+                raise EngineStopped("the engine has stopped")
             self._inbox.put(lambda: self._add(request, stream))
             while not done:
                 output = await stream.get()
@@ -148,7 +185,7 @@ class AsyncEngine:
                     raise output
                 yield output
         finally:
-            self._num_streams -= 1
+            self._open.discard(stream)
             if not done:
                 self._inbox.put(lambda: self._abort(request_id, stream))
 
@@ -175,11 +212,33 @@ class AsyncEngine:
         """Ends a request; its iterator gives a last output with finish_reason `abort`."""
         self._inbox.put(lambda: self._abort(request_id, None))
 
+    def start_profile(self, folder: str) -> None:
+        """Lets jax record host and device into a folder, for TensorBoard or Perfetto; slows steps down.
+
+        Raises:
+            InvalidRequest: it is recording already.
+        """
+        try:
+            jax.profiler.start_trace(folder)
+        except RuntimeError as error:
+            raise InvalidRequest(f"no profile can be started: {error}") from None
+
+    def stop_profile(self) -> None:
+        """Writes what was recorded; takes seconds.
+
+        Raises:
+            InvalidRequest: nothing is being recorded.
+        """
+        try:
+            jax.profiler.stop_trace()
+        except RuntimeError as error:
+            raise InvalidRequest(f"no profile can be stopped: {error}") from None
+
     async def drain(self, timeout_s: float) -> None:
         """Takes no more requests, and waits for those that run, but at most `timeout_s` seconds."""
         self._draining = True
         deadline = asyncio.get_running_loop().time() + timeout_s
-        while self._num_streams and asyncio.get_running_loop().time() < deadline:
+        while self._open and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.02)
 
     def shutdown(self) -> None:
@@ -191,20 +250,31 @@ class AsyncEngine:
     def _run(self) -> None:
         try:
             while self._take_inbox():
+                self._turn_started = self._engine.clock()
                 outputs = self._engine.step()
+                self._turn_started = None
                 if outputs:
                     self._deliver([(output.request_id, output) for output in outputs])
                     for output in outputs:
                         if output.finished:
                             self._streams.pop(output.request_id, None)
-        except BaseException as error:
+        except BaseException:
             _log.exception("the engine has died")
-            self._error = error
         finally:
-            stopped = EngineStopped("the engine has stopped")
-            self._draining = True
+            self._turn_started = None
             self._engine.step_log.close()
-            self._deliver([(request_id, stopped) for request_id in self._streams])
+            self._stop_streams()
+
+    def fail(self) -> None:
+        """Gives the engine up, from another thread, because its own hangs: every iterator raises EngineStopped, and no
+        request is taken any more. The thread is left alone; the process should end."""
+        self._stop_streams()
+
+    def _stop_streams(self) -> None:
+        self._draining = self._stopped = True
+        stopped = EngineStopped("the engine has stopped")
+        for stream in list(self._open):
+            self._send(stream.loop, [(stream, stopped)])
 
     def _take_inbox(self) -> bool:
         """Carries out what has come in; waits for it if there is no other work. False means: stop."""
@@ -214,7 +284,9 @@ class AsyncEngine:
             while True:
                 command = self._inbox.get(block=wait)
                 if wait:
-                    self._engine.metrics.add_no_work(self._engine.clock() - started)
+                    ended = self._engine.clock()
+                    self._engine.metrics.add_no_work(ended - started)
+                    self._engine.timeline.add_phase("no_work", started, ended)
                     wait = False
                 if command is None:
                     return False
@@ -250,13 +322,21 @@ class AsyncEngine:
         for loop, entries in by_loop.items():
             self._send(loop, entries)
 
-    @staticmethod
-    def _send(loop: asyncio.AbstractEventLoop, entries: list[tuple[_Stream, RequestOutput | EngineError]]) -> None:
-        def put() -> None:
-            for stream, output in entries:
-                stream.put(output)
-
+    def _send(
+        self, loop: asyncio.AbstractEventLoop, entries: list[tuple[_Stream, RequestOutput | EngineError]]
+    ) -> None:
         try:
-            loop.call_soon_threadsafe(put)
+            loop.call_soon_threadsafe(self._put, entries)
         except RuntimeError:
             _log.debug("a caller's event loop is closed; its outputs are dropped")
+
+    def _put(self, entries: list[tuple[_Stream, RequestOutput | EngineError]]) -> None:
+        """In the readers' event loop: hands over outputs; a reader that has left too many unread gets no more."""
+        limit = self.config.max_unread_outputs
+        for stream, output in entries:
+            if stream.num_unread < limit:
+                stream.put(output)
+            elif not stream.overflowed:
+                stream.overflowed = True
+                stream.put(SlowReader(f"{limit} outputs were left unread; the request was aborted"))
+                self._inbox.put(lambda stream=stream: self._abort(stream.request_id, stream))

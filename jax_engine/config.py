@@ -50,6 +50,7 @@ class EngineConfig:
     policy: str = _option("fcfs", "Who is served first: fcfs, or priority (lower Request.priority first).")
     max_inflight_steps: int = _option(2, "Steps dispatched but not read back, in async scheduling.")
     max_queued_requests: int = _option(10_000, "Most unfinished requests of a server; one more is refused.")
+    max_unread_outputs: int = _option(4096, "Outputs that a reader may leave unread before its request is aborted.")
     token_buckets: tuple[int, ...] | None = _option(None, "Compiled token counts of steps that hold prompt tokens.")
     decode_buckets: tuple[int, ...] | None = _option(
         None, "Compiled sequence counts of steps of one token per sequence. Empty: token_buckets serve these too."
@@ -76,6 +77,7 @@ class EngineConfig:
             "max_inflight_steps",
             "max_queued_requests",
             "step_log_max_mib",
+            "max_unread_outputs",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -17,13 +17,14 @@ from jax_engine.config import EngineConfig, Limits
 from jax_engine.constraints import MAX_BAN_TOKENS
 from jax_engine.errors import InvalidRequest
 from jax_engine.grammar import Grammar, GrammarCompiler, GrammarStates
-from jax_engine.metrics import Metrics
+from jax_engine.metrics import Gauges, Metrics
 from jax_engine.output import OutputState
-from jax_engine.request import FinishReason, Logprob, PositionLogprobs, Request, RequestOutput
+from jax_engine.request import FinishReason, Logprob, PositionLogprobs, Request, RequestMetrics, RequestOutput
 from jax_engine.sampling_params import SamplingParams
 from jax_engine.scheduler import NO_TOKEN_ALLOWED, Row, Schedule, Scheduler, TokenDelta
 from jax_engine.sequence import Sequence
 from jax_engine.step_log import StepLog
+from jax_engine.timeline import Timeline
 from jax_engine.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ class Engine:
         self.scheduler = Scheduler(runner.limits, config.policy)
         self.metrics = Metrics(clock)
         self.step_log = StepLog() if step_log is None else step_log
+        self.timeline = Timeline()
         self._runner = runner
         self._builder = BatchBuilder(runner.limits, vocab_size) if builder is None else builder
         self._grammars = GrammarStates(vocab_size)
@@ -107,6 +109,19 @@ class Engine:
     def num_requests(self) -> int:
         """Requests that have not finished."""
         return len(self._states)
+
+    @property
+    def gauges(self) -> Gauges:
+        """What the engine holds now; may be read from any thread."""
+        pool = self.scheduler.pool
+        return Gauges(
+            running=self.scheduler.num_running,
+            waiting=self.scheduler.num_waiting,
+            inflight_steps=len(self._ring),
+            max_inflight_steps=self.limits.max_inflight_steps,
+            used_pages=pool.num_pages - pool.num_free,
+            num_pages=pool.num_pages,
+        )
 
     def make_request(
         self,
@@ -218,10 +233,13 @@ class Engine:
         state = self._states.get(request_id)
         if state is None:
             return None
-        for sequence in state.sequences:
-            self._end(sequence, FinishReason.ABORT)
+        self._end_all(state, FinishReason.ABORT)
         self._finish(state)
         return state.output()
+
+    def _end_all(self, state: OutputState, reason: FinishReason) -> None:
+        for sequence in state.sequences:
+            self._end(sequence, reason)
 
     def _end(self, sequence: Sequence, reason: FinishReason, stop_reason: int | str | None = None) -> None:
         """Ends a sequence from outside the scheduler."""
@@ -259,6 +277,7 @@ class Engine:
         schedule, handle = self._ring.popleft()
         waits = not handle.is_ready()
         result = self._timed("wait", handle.result)
+        self.metrics.histograms["step"].observe(self.timeline.add_result(self.clock()))
         return self._timed("commit", self._commit, schedule, result, waits)
 
     def _sample(self, schedule: Schedule, batch: Batch, handle: StepHandle) -> list[RequestOutput]:
@@ -270,18 +289,20 @@ class Engine:
         for sequence, message in failed:
             state = self._states[sequence.request.request_id]
             state.fail(f"structured_outputs: {message}", "structured_outputs")
-            for sibling in state.sequences:
-                self._end(sibling, FinishReason.ERROR)
+            self._end_all(state, FinishReason.ERROR)
             changed[state.request.request_id] = state
         return self._outputs(changed.values())
 
     def _timed(self, phase: str, function: Callable, *args):
-        idle = phase != "wait" and (not self._ring or self._ring[-1][1].is_ready())
         started = self.clock()
+        idle = phase != "wait" and (not self._ring or self._ring[-1][1].is_ready())
+        if idle:
+            self.timeline.seen_ready(started)
         result = function(*args)
         ended = self.clock()
         self.metrics.add_phase(phase, ended - started, idle)
         self.step_log.timed(phase, started, ended)
+        self.timeline.add_phase(phase, started, ended)
         return result
 
     def _note_dispatch(self, schedule: Schedule, batch: Batch) -> None:
@@ -290,11 +311,23 @@ class Engine:
             metrics = self._states[sequence.request.request_id].metrics
             if metrics.first_scheduled_time is None:
                 metrics.first_scheduled_time = now
+                self.metrics.histograms["queue"].observe(now - metrics.arrival_time)
         for sequence in schedule.preempted:
             self._states[sequence.request.request_id].metrics.num_preemptions += 1
         self.metrics.preemptions += len(schedule.preempted)
         num_decodes = sum(row.start >= row.sequence.num_prompt_tokens for row in schedule.rows[: schedule.num_single])
         self.metrics.add_step(batch.bucket, schedule.num_tokens, num_decodes)
+        gauges = self.gauges
+        self.timeline.add_dispatch(
+            now,
+            schedule.num_tokens,
+            batch.bucket.num_tokens,
+            num_decodes,
+            len(schedule.rows),
+            gauges.running,
+            gauges.waiting,
+            gauges.used_pages,
+        )
 
     def _commit(self, schedule: Schedule, result: StepResult, waited: bool) -> list[RequestOutput]:
         now = self.clock()
@@ -303,6 +336,7 @@ class Engine:
             self._take_prompt_logprobs(schedule.rows, result.prompt_logprobs)
         deltas = self.scheduler.commit(schedule, result.tokens)
         self.step_log.committed(result.tokens[: len(schedule.rows)], waited)
+        self.metrics.tokens["generated"] += len(deltas)
         for delta in deltas:
             state = self._states[delta.sequence.request.request_id]
             changed[state.request.request_id] = state
@@ -332,18 +366,29 @@ class Engine:
         if state.request.embed:
             assert result.hidden is not None
             state.embedding = _unit(result.hidden[delta.row])
-        metrics = state.metrics
-        if metrics.first_token_time is None:
-            metrics.first_token_time = now
-        metrics.last_token_time = now
+        self._note_token(state.metrics, now)
         wanted = state.request.sampling_params.logprobs
         logprobs = None
         if wanted is not None:
             assert result.logprobs is not None
             logprobs = _position_logprobs(delta.token_id, wanted, *(part[delta.row] for part in result.logprobs))
-        stop = state.append(sequence, delta.token_id, logprobs)
+        try:
+            stop = state.append(sequence, delta.token_id, logprobs)
+        except Exception:  # a tokenizer that cannot make text of its own tokens fails the one request that has them
+            _log.exception("request %s: no text can be made of its tokens", state.request.request_id)
+            state.fail("no text can be made of the tokens")
+            self._end_all(state, FinishReason.ERROR)
+            return
         if stop is not None or self._grammars.accept(sequence, delta.token_id):
             self._end(sequence, FinishReason.STOP, stop)
+
+    def _note_token(self, metrics: RequestMetrics, now: float) -> None:
+        if metrics.first_token_time is None:
+            metrics.first_token_time = now
+            self.metrics.histograms["time_to_first_token"].observe(now - metrics.arrival_time)
+        elif now != metrics.last_token_time:  # once per step, also where a request has several completions
+            self.metrics.histograms["inter_token"].observe(now - (metrics.last_token_time or now))
+        metrics.last_token_time = now
 
     def _take_prompt_logprobs(self, rows: list[Row], arrays: tuple[np.ndarray, ...]) -> None:
         offset = 0
@@ -363,10 +408,14 @@ class Engine:
     def _finish(self, state: OutputState) -> None:
         """Forgets a request that has ended."""
         del self._states[state.request.request_id]
-        state.metrics.finished_time = self.clock()
+        state.metrics.finished_time = now = self.clock()
+        histograms = self.metrics.histograms
+        histograms["end_to_end"].observe(now - state.metrics.arrival_time)
+        histograms["prompt_tokens"].observe(len(state.request.prompt_token_ids))
         for sequence in state.sequences:
             self._grammars.drop(sequence)
             self.metrics.requests[str(sequence.finish_reason)] += 1
+            histograms["output_tokens"].observe(sequence.num_output_tokens)
 
 
 def _unit(vector: np.ndarray) -> np.ndarray:

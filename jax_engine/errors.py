@@ -32,3 +32,7 @@ class QueueFull(EngineError):
 
 class EngineStopped(EngineError):
     """The engine is shutting down, or its thread has died; no request can be served any more."""
+
+
+class SlowReader(EngineError):
+    """Outputs came faster than they were read, until max_unread_outputs of them lay there; the request was aborted."""

@@ -1,17 +1,79 @@
-"""Counters of one engine: where the host's time goes, when the device stands idle and why, what is padding.
+"""Counters of one engine: where the host's time goes, when the device stands idle and why, what is padding, and how
+long requests wait.
 
 The engine writes them from its thread; anybody may read a snapshot. No clock of its own: times come in.
 """
 
 import time
+from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from jax_engine.batch import Bucket
 
 #: The phases of one turn of the engine's loop, in order. `wait` is the wait for the device, the rest is host work.
 PHASES = ("schedule", "build", "dispatch", "grammar", "wait", "commit")
+
+
+#: Upper bounds of latency histograms, in seconds: 1-2-5 steps, from a decode step on an accelerator to a long wait.
+LATENCY_BOUNDS = tuple(base * 10.0**power for power in range(-3, 3) for base in (1, 2, 5))[:-1]
+#: Upper bounds of token-count histograms.
+TOKEN_BOUNDS = tuple(float(2**power) for power in range(18))
+
+
+class Histogram:
+    """Counts of values by bucket. One thread writes; others may read.
+
+    Args:
+        bounds: increasing upper bounds, each within its bucket; values above the last are counted too.
+    """
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: Sequence[float]):
+        self.bounds = tuple(bounds)
+        self.counts = [0] * (len(self.bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float) -> None:
+        """Counts one value."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    @property
+    def count(self) -> int:
+        """How many values were counted."""
+        return sum(self.counts)
+
+    def snapshot(self) -> dict[str, Any]:
+        """Bounds, counts (one more than bounds) and the sum of the values."""
+        return {"bounds": self.bounds, "counts": list(self.counts), "sum": self.total}
+
+
+def _histograms() -> dict[str, Histogram]:
+    seconds = ("queue", "time_to_first_token", "inter_token", "end_to_end", "step")
+    tokens = ("prompt_tokens", "output_tokens")
+    return {name: Histogram(LATENCY_BOUNDS) for name in seconds} | {name: Histogram(TOKEN_BOUNDS) for name in tokens}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gauges:
+    """What an engine holds at one moment.
+
+    Attributes:
+        running, waiting: sequences with a slot, and sequences in line.
+        inflight_steps: steps dispatched and not read back; at most max_inflight_steps.
+        used_pages: KV pages that somebody holds, of num_pages.
+    """
+
+    running: int
+    waiting: int
+    inflight_steps: int
+    max_inflight_steps: int
+    used_pages: int
+    num_pages: int
 
 
 class Metrics:
@@ -35,7 +97,15 @@ class Metrics:
         self.tokens: Counter[str] = Counter()
         self.preemptions = 0
         self.requests: Counter[str] = Counter()
+        #: Seconds: queue (arrival to first schedule), time_to_first_token and end_to_end (from arrival), inter_token
+        #: (between the steps that brought a request tokens), step (on the device). Counts: prompt_tokens and
+        #: output_tokens of finished requests.
+        self.histograms = _histograms()
         self._since = self._clock()
+
+    def now(self) -> float:
+        """The engine's clock, in seconds."""
+        return self._clock()
 
     def add_phase(self, phase: str, seconds: float, device_idle: bool) -> None:
         """Books one phase of a turn."""
@@ -66,6 +136,7 @@ class Metrics:
             "steps": self.steps.total(),
             "steps_by_bucket": {f"{b.num_tokens}x{b.num_seqs}": count for b, count in self.steps.items()},
             "tokens_by_kind": {kind: self.tokens[kind] for kind in ("prompt", "decode")},
+            "generated_tokens": self.tokens["generated"],
             "batched_tokens": self.tokens["batched"],
             "padding_tokens": self.tokens["padding"],
             "host_seconds": {phase: self.host_seconds[phase] for phase in PHASES},
@@ -73,4 +144,5 @@ class Metrics:
             "preemptions": self.preemptions,
             "requests_finished": dict(self.requests),
             "compiles_after_ready": self.compiles_after_ready,
+            "histograms": {name: histogram.snapshot() for name, histogram in self.histograms.items()},
         }

@@ -76,8 +76,10 @@ class OutputState:
         return all(sequence.status is Status.FINISHED for sequence in self.sequences)
 
     def fail(self, message: str, param: str | None = None) -> None:
-        """Notes why the request failed; the caller reads it as RequestOutput.error and error_param."""
-        self._error, self._error_param = message, param
+        """Notes why the request failed; the caller reads it as RequestOutput.error and error_param. The first reason
+        stands."""
+        if self._error is None:
+            self._error, self._error_param = message, param
 
     def append(self, sequence: Sequence, token: int, logprobs: PositionLogprobs | None) -> str | None:
         """Takes in an accepted token. Returns the stop string that it completed, if it did."""

@@ -30,6 +30,10 @@ class PagePool:
         """Pages that nobody holds."""
         return len(self._free)
 
+    def references(self) -> list[int]:
+        """How many sequences hold each page; may be called from any thread."""
+        return self._references.copy()
+
     def pages_for(self, num_tokens: int) -> int:
         """Pages needed to hold `num_tokens` tokens."""
         return -(-num_tokens // self.page_size)

@@ -16,7 +16,7 @@ COMMANDS = {
     "serve": "Serve a model over HTTP, with the OpenAI protocol.",
     "generate": "Continue prompts given on the command line or in a file.",
     "chat": "Talk to a model in the terminal.",
-    "bench": "Measure throughput offline.",
+    "bench": "Measure throughput offline; `bench serve` puts load on a server.",
     "replay": "Check that the decisions of a step log are made again.",
     "trace": "Make a trace of requests, or take one from a step log.",
     "fit": "Fit a cost model from a step log.",

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from jax_engine import EngineStopped, InvalidRequest, QueueFull
+from jax_engine import EngineStopped, InvalidRequest, QueueFull, SlowReader
 
 log = logging.getLogger("serving")
 
@@ -88,6 +88,8 @@ def to_api_error(error: Exception) -> ApiError:
             return bad_request(str(error), error.param)
         case QueueFull():
             return ApiError(429, str(error), type="rate_limit_error", code="queue_full", retry_after=error.retry_after)
+        case SlowReader():
+            return ApiError(408, str(error), code="slow_reader")
         case EngineStopped():
             return unavailable("The server is shutting down or its engine has stopped.", "engine_stopped")
         case web.HTTPException():

@@ -6,92 +6,35 @@ Called by the serve command. Owns the socket, the signals and the order of shutt
 import asyncio
 import contextlib
 import logging
-import math
 import os
 import signal
 import socket
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from jax_engine import ConfigError
-from serving.app import MAX_BODY_BYTES, create_app
+from jax_engine import ConfigError, EngineStopped
+from serving.app import create_app
+from serving.limits import Connections, raise_file_limit
+from serving.loading import loading_app
+from serving.observe import log_figures, measure_lag
+from serving.options import ServerOptions
 from serving.state import STATE, ServerState
-from serving.tools.formats import REASONING_MARKS, TOOL_FORMATS
+from serving.trace import write_trace
+from serving.watchdog import dump_stacks, watch
 
 if TYPE_CHECKING:
     from jax_engine import AsyncEngine
 
 log = logging.getLogger("serving")
 
-#: Seconds that aborted streams get to tell their clients.
+#: Seconds that failed or aborted streams get to tell their clients.
 _ABORT_GRACE_S = 2.0
 _BACKLOG = 1024
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerOptions:
-    """The operator's choices about the server, as against the engine.
-
-    Every field is a flag of `jax-engine serve`.
-
-    Raises:
-        ConfigError: a value is out of range.
-    """
-
-    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on; 0.0.0.0 for all."})
-    port: int = field(default=8000, metadata={"help": "Port to listen on; 0 for any free one."})
-    served_model_name: tuple[str, ...] = field(
-        default=(), metadata={"help": "Names that clients may use for the model. Default: the model's own."}
-    )
-    api_key_file: str | None = field(
-        default=None, metadata={"help": "File of accepted API keys, one per line; also JAX_ENGINE_API_KEY."}
-    )
-    drain_timeout_s: float = field(
-        default=30.0, metadata={"help": "Seconds that running requests may go on after SIGTERM."}
-    )
-    max_body_mib: int = field(default=MAX_BODY_BYTES // 2**20, metadata={"help": "Largest request body, in MiB."})
-
-    tool_call_parser: str = field(
-        default="auto",
-        metadata={"help": "How the model writes tool calls: auto (by its chat template), none, hermes, ..."},
-    )
-    reasoning_parser: str = field(
-        default="auto", metadata={"help": "How the model marks its reasoning: auto, none, think (<think>), mistral."}
-    )
-
-    def __post_init__(self) -> None:
-        for name, allowed in (("tool_call_parser", TOOL_FORMATS), ("reasoning_parser", REASONING_MARKS)):
-            if getattr(self, name) not in ("auto", "none", *allowed):
-                raise ConfigError(f"{name} must be auto, none, {', '.join(allowed)}; got {getattr(self, name)!r}")
-        if not 0 <= self.port <= 65535:
-            raise ConfigError(f"port must be in [0, 65535], got {self.port}")
-        if not 0 <= self.drain_timeout_s < math.inf:
-            raise ConfigError(f"drain_timeout_s must be finite and at least 0, got {self.drain_timeout_s}")
-        if self.max_body_mib < 1:
-            raise ConfigError(f"max_body_mib must be at least 1, got {self.max_body_mib}")
-
-
-def api_keys(options: ServerOptions) -> list[str]:
-    """The accepted keys, from the environment and the file.
-
-    Raises:
-        ConfigError: the file cannot be read or holds no key.
-    """
-    keys = [key] if (key := os.environ.get("JAX_ENGINE_API_KEY", "").strip()) else []
-    if options.api_key_file is not None:
-        try:
-            with open(options.api_key_file, encoding="utf-8") as lines:
-                found = [line.strip() for line in lines]
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"api_key_file cannot be read: {error}") from None
-        found = [line for line in found if line and not line.startswith("#")]
-        if not found:
-            raise ConfigError(f"api_key_file {options.api_key_file} holds no key")
-        keys += found
-    return keys
+#: Open files that are no client's: weights, compiled steps, logs.
+_OTHER_FILES = 128
+EXIT_FAILED = 1
 
 
 def bind(options: ServerOptions) -> socket.socket:
@@ -121,42 +64,163 @@ def _cannot_listen(host: str, port: int, error: OSError) -> ConfigError:
     return ConfigError(f"cannot listen on {host}:{port}: {reason}; choose another with --port or --host")
 
 
-def address(listener: socket.socket) -> str:
+def address(listener: socket.socket, options: ServerOptions | None = None) -> str:
     """The URL of a bound socket."""
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "https" if options is not None and options.tls_cert_file is not None else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 async def run_server(
-    engine: "AsyncEngine", options: ServerOptions, listener: socket.socket, keys: Sequence[str] = ()
+    build: Callable[[], "AsyncEngine"],
+    options: ServerOptions,
+    listener: socket.socket,
+    keys: Sequence[str] = (),
+    admin: Sequence[str] = (),
 ) -> None:
-    """Serves until SIGTERM or SIGINT, then drains. A second signal ends the process at once.
+    """Builds the engine, serves until SIGTERM or SIGINT, then drains. A second signal ends the process at once, as does
+    the first one while the engine is being built.
+
+    Args:
+        build: makes the engine; called in a thread, while the port already answers that the model is being loaded.
+        listener: bound; see `bind`.
+        keys, admin: see create_app.
 
     Raises:
-        ConfigError: the port was taken by another process in the meantime.
+        ConfigError: the port was taken by another process in the meantime, or what `build` raises.
+        EngineStopped: the engine died, or hung for longer than options.step_timeout_s.
     """
-    app = create_app(
+    stop = _stop_on_signals()
+    loading = _runner(loading_app(), options)
+    await loading.setup()
+    connections = Connections(_max_connections(options), loading.server)  # type: ignore[arg-type]
+    try:
+        acceptor = await asyncio.get_running_loop().create_server(
+            connections, sock=listener, backlog=_BACKLOG, ssl=options.ssl_context()
+        )
+    except OSError as error:
+        raise _cannot_listen(options.host, options.port, error) from None
+    async with acceptor:
+        log.info("listening on %s", address(listener, options))
+        engine = await _loaded(build, stop)
+        try:
+            app = _app(engine, options, keys, admin)
+            runner = _runner(app, options)
+            await runner.setup()
+            connections.target = runner.server  # type: ignore[assignment]
+            await loading.cleanup()
+            log.info("serving %s at %s", ", ".join(app[STATE].model_names), address(listener, options))
+            try:
+                await _serve(app[STATE], options, stop)
+            finally:
+                acceptor.close()
+                await runner.cleanup()
+        finally:
+            engine.shutdown()
+            _write_trace(engine, options)
+
+
+def _app(engine: "AsyncEngine", options: ServerOptions, keys: Sequence[str], admin: Sequence[str]) -> web.Application:
+    return create_app(
         engine,
         served_model_names=options.served_model_name,
         api_keys=keys,
+        admin_keys=admin,
         max_body_bytes=options.max_body_mib * 2**20,
         tool_call_parser=options.tool_call_parser,
         reasoning_parser=options.reasoning_parser,
+        max_requests_per_client=options.max_requests_per_client,
+        body_timeout_s=options.body_timeout_s,
+        write_timeout_s=options.write_timeout_s,
+        cors_origins=options.cors_origins,
+        vllm_metrics=options.vllm_metrics,
+        profile_dir=options.profile_dir,
+        with_page=options.page,
     )
-    access_log = logging.getLogger("aiohttp.access") if log.isEnabledFor(logging.DEBUG) else None
-    runner = web.AppRunner(app, handler_cancellation=True, access_log=access_log, shutdown_timeout=_ABORT_GRACE_S)
-    await runner.setup()
-    try:
+
+
+def _write_trace(engine: "AsyncEngine", options: ServerOptions) -> None:
+    if options.trace_file is not None:
         try:
-            await web.SockSite(runner, listener, backlog=_BACKLOG).start()
+            write_trace(options.trace_file, engine.timeline.spans())
         except OSError as error:
-            raise _cannot_listen(options.host, options.port, error) from None
-        stop = _stop_on_signals()
-        log.info("serving %s at %s", ", ".join(app[STATE].model_names), address(listener))
-        await stop.wait()
-        await drain(app[STATE], options.drain_timeout_s)
+            log.error("trace_file cannot be written: %s", error)
+
+
+def _runner(app: web.Application, options: ServerOptions) -> web.AppRunner:
+    return web.AppRunner(
+        app,
+        handler_cancellation=True,
+        access_log=logging.getLogger("aiohttp.access") if log.isEnabledFor(logging.DEBUG) else None,
+        shutdown_timeout=_ABORT_GRACE_S,
+        keepalive_timeout=options.idle_timeout_s,
+        max_line_size=options.max_header_kib * 2**10,
+        max_field_size=options.max_header_kib * 2**10,
+    )
+
+
+def _max_connections(options: ServerOptions) -> int:
+    """As many as the operator allows and the system's limit on open files leaves room for."""
+    allowed = raise_file_limit(options.max_connections + _OTHER_FILES) - _OTHER_FILES
+    if allowed < options.max_connections:
+        log.warning("the limit on open files leaves room for %d connections", allowed)
+    return max(1, min(allowed, options.max_connections))
+
+
+async def _loaded(build: Callable[[], "AsyncEngine"], stop: asyncio.Event) -> "AsyncEngine":
+    building = asyncio.create_task(asyncio.to_thread(build))
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait([building, stopping], return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if not building.done():  # nobody waits for anything yet, and a compiling thread cannot be stopped
+        log.info("stopped while loading")
+        logging.shutdown()
+        os._exit(128 + signal.SIGTERM)
+    return building.result()
+
+
+async def _serve(state: ServerState, options: ServerOptions, stop: asyncio.Event) -> None:
+    """Until a signal comes or the engine fails."""
+    watching = asyncio.create_task(watch(state.engine, options.step_timeout_s))
+    stopping = asyncio.create_task(stop.wait())
+    tasks = [watching, stopping, asyncio.create_task(measure_lag(state.metrics))]
+    if options.log_interval_s:
+        tasks.append(asyncio.create_task(log_figures(state, options.log_interval_s)))
+    try:
+        await asyncio.wait([watching, stopping], return_when=asyncio.FIRST_COMPLETED)
+        if not watching.done():
+            state.draining = True
+            draining = asyncio.create_task(drain(state, options.drain_timeout_s))
+            await asyncio.wait([watching, draining], return_when=asyncio.FIRST_COMPLETED)
+        if watching.done():
+            await _give_up(state, watching.result())
     finally:
-        await runner.cleanup()
+        for task in tasks:
+            task.cancel()
+
+
+async def _give_up(state: ServerState, reason: str) -> None:
+    """Tells the running requests, then the operator.
+
+    Raises:
+        EngineStopped: always, unless the engine's thread hangs: then nothing can wait for it, and the process ends.
+    """
+    log.critical("%s; ending the process. What its threads are doing:", reason)
+    hangs = state.engine.is_alive
+    dump_stacks()
+    state.engine.fail()
+    await _until_all_told(state)
+    if hangs:
+        logging.shutdown()
+        os._exit(EXIT_FAILED)
+    raise EngineStopped(reason)
+
+
+async def _until_all_told(state: ServerState) -> None:
+    """Until the handlers of all requests have answered, but at most for a short grace."""
+    deadline = asyncio.get_running_loop().time() + _ABORT_GRACE_S
+    while state.live and asyncio.get_running_loop().time() < deadline:
+        await asyncio.sleep(0.01)
 
 
 def _stop_on_signals() -> asyncio.Event:
@@ -188,6 +252,4 @@ async def drain(state: ServerState, timeout_s: float) -> None:
         log.warning("aborting %d requests that did not finish within %.0f s", len(left), timeout_s)
         for request_id in left:
             await state.engine.abort(request_id)
-    deadline = asyncio.get_running_loop().time() + _ABORT_GRACE_S
-    while state.live and asyncio.get_running_loop().time() < deadline:
-        await asyncio.sleep(0.01)
+    await _until_all_told(state)

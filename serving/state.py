@@ -1,24 +1,19 @@
-"""ServerState: what all routes share about one running server, and the two checks that stand before every request.
+"""ServerState: what all routes share about one running server, and the checks that stand before a request.
 
 Made by app.create_app, read by routes, written by server.py when it drains.
 """
 
-import hashlib
-import hmac
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from aiohttp import web
 
 from serving.errors import ApiError, unavailable
+from serving.metrics import ServerMetrics
 from serving.tools.formats import OutputFormat
 
 if TYPE_CHECKING:
     from jax_engine import AsyncEngine
-
-#: Answered without a key: what load balancers and probes ask.
-PUBLIC_PATHS = frozenset({"/health", "/version"})
 
 
 @dataclass
@@ -27,23 +22,27 @@ class ServerState:
 
     Attributes:
         model_names: the names clients may ask for; the first is the one in answers that ask for none.
-        key_digests: SHA-256 of the accepted API keys; empty means that no key is asked for.
+        metrics: what /metrics exports.
         max_prompts: most prompts in one request.
         keep_alive_s: silence after which a stream gets a comment.
+        write_timeout_s: how long a client may leave no room for more of a stream.
         draining: no new requests are taken.
         live: request ids now in the engine.
         output_format: how the model writes tool calls and reasoning.
+        profile_dir: where /admin/start_profile writes; None where it is off.
     """
 
     engine: "AsyncEngine"
     model_names: tuple[str, ...]
     created: int
-    key_digests: tuple[bytes, ...] = ()
+    metrics: ServerMetrics
     max_prompts: int = 1024
     keep_alive_s: float = 15.0
+    write_timeout_s: float = 60.0
     draining: bool = False
     live: set[str] = field(default_factory=set)
     output_format: OutputFormat = field(default_factory=OutputFormat)
+    profile_dir: str | None = None
 
     def check_open(self) -> None:
         """Raises ApiError 503 when no request can be taken."""
@@ -71,26 +70,3 @@ class ServerState:
 
 
 STATE: web.AppKey[ServerState] = web.AppKey("state", ServerState)
-
-
-def digests(keys: Sequence[str]) -> tuple[bytes, ...]:
-    """SHA-256 of each key."""
-    return tuple(hashlib.sha256(key.encode()).digest() for key in keys)
-
-
-@web.middleware
-async def key_middleware(request: web.Request, handler: Any) -> web.StreamResponse:
-    """Asks for `Authorization: Bearer KEY` where keys are configured."""
-    state = request.app[STATE]
-    if state.key_digests and request.path not in PUBLIC_PATHS:
-        scheme, _, key = request.headers.get("Authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not _accepted(key.strip(), state.key_digests):
-            message = "A valid API key is needed: send the header `Authorization: Bearer KEY`."
-            raise ApiError(401, message, code="invalid_api_key")
-    return await handler(request)
-
-
-def _accepted(key: str, accepted: Sequence[bytes]) -> bool:
-    """Compares in a time that depends neither on the key nor on which one matches."""
-    given = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
-    return sum([hmac.compare_digest(given, digest) for digest in accepted]) > 0

@@ -13,6 +13,7 @@ import msgspec
 from aiohttp import web
 
 from serving.errors import ApiError, to_api_error
+from serving.state import STATE
 
 _HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _KEEP_ALIVE = b": keep-alive\n\n"
@@ -111,10 +112,10 @@ class _EventStream:
         self._opening = asyncio.Lock()
 
     async def write(self, data: bytes) -> None:
-        """Sends whole events; waits while the socket's buffer is full.
+        """Sends whole events; waits while the socket's buffer is full, for as long as the server allows.
 
         Raises:
-            ConnectionError: the client is gone.
+            ConnectionError: the client is gone, or does not read.
         """
         if not self.opened:
             async with self._opening:
@@ -122,4 +123,12 @@ class _EventStream:
                     await self.response.prepare(self._request)
                     self.opened = True
         self.last_write = asyncio.get_running_loop().time()
-        await self.response.write(data)
+        state = self._request.app[STATE]
+        try:
+            async with asyncio.timeout(state.write_timeout_s or None):
+                await self.response.write(data)
+        except TimeoutError:
+            state.metrics.aborted_readers.inc()
+            if self._request.transport is not None:
+                self._request.transport.abort()
+            raise ConnectionResetError("the client does not read") from None

@@ -176,3 +176,14 @@ async def test_an_idle_engine_sleeps(engine):
     busy, wall = time.process_time(), time.perf_counter()
     await asyncio.sleep(0.5)
     assert time.process_time() - busy < 0.1 * (time.perf_counter() - wall)
+
+
+async def test_a_profile_is_written(engine, tmp_path):
+    with pytest.raises(InvalidRequest, match="no profile can be stopped"):
+        engine.stop_profile()
+    engine.start_profile(str(tmp_path))
+    with pytest.raises(InvalidRequest, match="no profile can be started"):
+        engine.start_profile(str(tmp_path))
+    await collect(engine)
+    engine.stop_profile()
+    assert list(tmp_path.rglob("*.xplane.pb"))

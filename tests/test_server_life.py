@@ -19,6 +19,7 @@ from jax_engine import ConfigError
 from jax_engine.testing.fake_engine import FakeAsyncEngine
 from serving import server
 from serving.app import create_app
+from serving.options import ServerOptions, api_keys
 from serving.state import STATE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -158,8 +159,8 @@ async def test_drain_aborts_what_takes_too_long(stream):
 
 async def test_run_server_aborts_for_clients_that_leave():
     engine = FakeAsyncEngine(stall=True)
-    with server.bind(server.ServerOptions(port=0)) as listener:
-        running = asyncio.create_task(server.run_server(engine, server.ServerOptions(), listener))
+    with server.bind(ServerOptions(port=0)) as listener:
+        running = asyncio.create_task(server.run_server(lambda: engine, ServerOptions(), listener))
         async with aiohttp.ClientSession(server.address(listener)) as session:
             await until(lambda: listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
             request = asyncio.create_task(session.post("/v1/completions", json={"prompt": "x"}))
@@ -175,24 +176,24 @@ def test_taken_port_is_found_at_once():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}"):
-            server.bind(server.ServerOptions(port=port))
+            server.bind(ServerOptions(port=port))
 
 
 def test_bad_host():
     with pytest.raises(ConfigError, match="cannot listen on 256"):
-        server.bind(server.ServerOptions(host="256.0.0.1"))
+        server.bind(ServerOptions(host="256.0.0.1"))
 
 
 def test_api_keys_come_from_file_and_environment(tmp_path, monkeypatch):
     keys = tmp_path / "keys"
     keys.write_text("# a comment\none\n\ntwo\n")
     monkeypatch.setenv("JAX_ENGINE_API_KEY", "zero")
-    assert server.api_keys(server.ServerOptions(api_key_file=str(keys))) == ["zero", "one", "two"]
+    assert api_keys(ServerOptions(api_key_file=str(keys))) == ["zero", "one", "two"]
     keys.write_text("\n# nothing\n")
     with pytest.raises(ConfigError, match="holds no key"):
-        server.api_keys(server.ServerOptions(api_key_file=str(keys)))
+        api_keys(ServerOptions(api_key_file=str(keys)))
     with pytest.raises(ConfigError, match="cannot be read"):
-        server.api_keys(server.ServerOptions(api_key_file=str(tmp_path / "none")))
+        api_keys(ServerOptions(api_key_file=str(tmp_path / "none")))
 
 
 _SERVE = """

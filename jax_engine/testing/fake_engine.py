@@ -14,9 +14,11 @@ import numpy as np
 
 from jax_engine.config import EngineConfig, Limits
 from jax_engine.errors import ConfigError, EngineStopped, InvalidRequest, QueueFull
+from jax_engine.metrics import Gauges, Metrics
 from jax_engine.request import CompletionOutput, FinishReason, Logprob, PositionLogprobs, RequestMetrics, RequestOutput
 from jax_engine.sampling_params import RequestOutputKind, SamplingParams
 from jax_engine.testing.byte_tokenizer import EOS, ByteTokenizer
+from jax_engine.timeline import Timeline
 from jax_engine.tokenizer import Tokenizer
 
 _BYTES = ByteTokenizer()
@@ -42,6 +44,7 @@ class _Live:
     prompt_token_ids: list[int]
     sampling_params: SamplingParams
     aborted: asyncio.Event = field(default_factory=asyncio.Event)
+    failed: bool = False
 
 
 class FakeAsyncEngine:
@@ -76,7 +79,9 @@ class FakeAsyncEngine:
         self.limits = _limits(self.config.max_model_len or max_model_len)
         self.next_token, self.delay_s, self.max_waiting = next_token, delay_s, max_waiting
         self.fail_after, self.stall = fail_after, stall
+        self.metrics, self.timeline = Metrics(), Timeline()
         self.is_alive = True
+        self.turn_seconds = 0.0
         self.num_aborted = self.max_live = 0
         self.submitted: list[tuple[str, list[int], SamplingParams, int]] = []
         self._live: dict[str, _Live] = {}
@@ -86,6 +91,24 @@ class FakeAsyncEngine:
     @property
     def num_requests(self) -> int:
         return len(self._live)
+
+    @property
+    def gauges(self) -> Gauges:
+        """See AsyncEngine.gauges; every request counts as running."""
+        limits = self.limits
+        return Gauges(
+            running=len(self._live),
+            waiting=0,
+            inflight_steps=min(len(self._live), limits.max_inflight_steps),
+            max_inflight_steps=limits.max_inflight_steps,
+            used_pages=min(len(self._live), limits.num_pages),
+            num_pages=limits.num_pages,
+        )
+
+    def page_references(self) -> list[int]:
+        """See AsyncEngine.page_references."""
+        gauges = self.gauges
+        return [int(page < gauges.used_pages) for page in range(gauges.num_pages)]
 
     async def generate(
         self,
@@ -132,6 +155,8 @@ class FakeAsyncEngine:
         first = True
         while not all(row.finish_reason for row in rows):
             await self._pause(live)
+            if live.failed:
+                raise EngineStopped("the engine has stopped")
             changed = [row for row in rows if not row.finish_reason]
             failed = self.fail_after is not None and len(rows[0].token_ids) >= self.fail_after
             for row in changed:
@@ -183,6 +208,13 @@ class FakeAsyncEngine:
         deadline = time.monotonic() + timeout_s
         while self._live and time.monotonic() < deadline:
             await asyncio.sleep(0.005)
+
+    def fail(self) -> None:
+        """See AsyncEngine.fail."""
+        self.is_alive = False
+        for live in self._live.values():
+            live.failed = True
+            live.aborted.set()
 
     def shutdown(self) -> None:
         """See AsyncEngine.shutdown."""

@@ -1,4 +1,5 @@
-"""`jax-engine bench`: hands its arguments to benchmarks.offline, which lies in the source folder only."""
+"""`jax-engine bench` and `jax-engine bench serve`: hand their arguments to programs in benchmarks/, which lies in the
+source folder only."""
 
 import importlib
 import importlib.util
@@ -11,11 +12,16 @@ from serving import flags
 
 
 def run(argv: Sequence[str]) -> int:
-    """Runs the offline benchmark. See cli.main for what it raises and returns."""
-    if not _found("benchmarks.offline"):
+    """Runs a benchmark: the offline one, or with `serve` as first word load on a server. See cli.main for what it
+    raises and returns."""
+    serve = list(argv[:1]) == ["serve"]
+    module, command = (
+        ("benchmarks.serve", "jax-engine bench serve") if serve else ("benchmarks.offline", "jax-engine bench")
+    )
+    if not _found(module):
         raise ConfigError("the benchmarks are not installed; run this from the source folder of jax-engine")
     try:
-        return importlib.import_module("benchmarks.offline").main(["jax-engine bench", *argv])
+        return importlib.import_module(module).main([command, *argv[serve:]])
     except absl_flags.Error as error:
         raise flags.UsageError(" ".join(str(error).split())) from None
 

@@ -4,7 +4,6 @@ Imports jax only inside build_engine, after the first line is on the screen.
 """
 
 import logging
-import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags as absl_flags
 
 from jax_engine import EngineConfig
-from serving import flags
+from serving import flags, logs
 from serving.cli import COMMANDS
 
 if TYPE_CHECKING:
@@ -31,6 +30,7 @@ def engine_flags(*, log_level: str) -> absl_flags.FlagValues:
     here = {"flag_values": flag_values, "module_name": "General"}
     absl_flags.DEFINE_boolean("help", False, "This listing.", short_name="h", **here)
     absl_flags.DEFINE_enum("log_level", log_level, LOG_LEVELS, "Of the log on stderr.", **here)
+    absl_flags.DEFINE_enum("log_format", "text", logs.FORMATS, "Lines of text, or one JSON object each.", **here)
     flags.define(flag_values, EngineConfig, group="Engine")
     return flag_values
 
@@ -53,14 +53,7 @@ def parse(flag_values: absl_flags.FlagValues, command: str, about: str, argv: Se
     if positional:
         flag_values["model"].parse(positional[0])
         flag_values["model"].using_default_value = False
-    logging.basicConfig(
-        level=str(flag_values["log_level"].value).upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
-    if flag_values["log_level"].value == "info":
-        # Says at this level which platforms it did not find.
-        logging.getLogger("jax").setLevel(logging.WARNING)
+    logs.set_up(str(flag_values["log_level"].value), str(flag_values["log_format"].value))
     return True
 
 

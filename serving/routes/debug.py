@@ -1,0 +1,93 @@
+"""GET /debug/engine and /debug/trace: what host and device did lately. Holds no text and no token ids.
+
+The page draws the one; Perfetto (https://ui.perfetto.dev) opens the other.
+"""
+
+import asyncio
+import dataclasses
+from typing import Any
+
+from aiohttp import web
+
+from serving.errors import bad_request, json_response
+from serving.state import STATE, ServerState
+from serving.trace import chrome_trace, idle_spans, split
+
+_MAX_SECONDS = 10.0
+_MAX_CELLS = 1024
+_FIGURES = (
+    "wall_seconds",
+    "steps",
+    "generated_tokens",
+    "batched_tokens",
+    "padding_tokens",
+    "preemptions",
+    "compiles_after_ready",
+    "device_idle_seconds",
+)
+
+
+def add_routes(router: web.UrlDispatcher) -> None:
+    """Adds this file's addresses."""
+    router.add_get("/debug/engine", engine)
+    router.add_get("/debug/trace", trace)
+
+
+async def engine(request: web.Request) -> web.Response:
+    """The last `seconds` (default 2, at most 10) of the engine's life, and its state now."""
+    try:
+        seconds = float(request.query.get("seconds", "2"))
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds <= _MAX_SECONDS:
+        raise bad_request(f"seconds must be a number in (0, {_MAX_SECONDS:g}]", "seconds")
+    return json_response(await asyncio.to_thread(_view, request.app[STATE], seconds))
+
+
+async def trace(request: web.Request) -> web.Response:
+    """Everything the timeline holds, as a file for Perfetto."""
+    timeline = request.app[STATE].engine.timeline
+    response = json_response(await asyncio.to_thread(lambda: chrome_trace(timeline.spans())))
+    response.headers["Content-Disposition"] = 'attachment; filename="jax-engine-trace.json"'
+    return response
+
+
+def _view(state: ServerState, seconds: float) -> dict[str, Any]:
+    source = state.engine
+    now = source.metrics.now()
+    host, steps = split(source.timeline.spans(now - seconds))
+    snapshot = source.metrics.snapshot()
+    limits = source.limits
+    return {
+        "now": now,
+        "model": state.model_names[0],
+        "draining": state.draining,
+        "limits": {
+            "max_num_seqs": limits.max_num_seqs,
+            "max_num_batched_tokens": limits.max_num_batched_tokens,
+            "max_model_len": limits.max_model_len,
+            "page_size": limits.page_size,
+            "scheduling": limits.scheduling,
+        },
+        "gauges": dataclasses.asdict(source.gauges),
+        "host": host,
+        "steps": [step._asdict() for step in steps],
+        "inflight": source.timeline.inflight(),
+        "idle": idle_spans(host, steps),
+        "figures": {name: snapshot[name] for name in _FIGURES},
+        "histograms": {name: snapshot["histograms"][name] for name in ("time_to_first_token", "inter_token")},
+        "pages": _pages(source.page_references()),
+    }
+
+
+def _pages(references: list[int]) -> dict[str, Any]:
+    """The pool as at most 1024 cells, each of as many pages; a cell tells how many of its pages are held, or, where it
+    is one page, by how many sequences."""
+    per_cell = -(-len(references) // _MAX_CELLS)
+    if per_cell == 1:
+        return {"per_cell": 1, "cells": references}
+    cells = [
+        sum(1 for count in references[first : first + per_cell] if count)
+        for first in range(0, len(references), per_cell)
+    ]
+    return {"per_cell": per_cell, "cells": cells}
