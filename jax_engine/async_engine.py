@@ -5,6 +5,7 @@ sleeps on the inbox when there is no work.
 """
 
 import asyncio
+import functools
 import logging
 import queue
 import threading
@@ -116,8 +117,13 @@ class AsyncEngine:
         *,
         priority: int = 0,
         embed: bool = False,
+        user: str | None = None,
+        slo_class: str | None = None,
+        cache_salt: str | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """Yields outputs as `sampling_params.output_kind` says, the last with `finished` set.
+
+        See Request for the other arguments.
 
         Closing the iterator, or cancelling the task that reads it, aborts the request.
 
@@ -127,9 +133,11 @@ class AsyncEngine:
         """
         if self._draining or not self.is_alive:
             raise EngineStopped("the engine takes no more requests")
-        if self._num_streams >= self.config.max_queued_requests:
-            raise QueueFull(f"{self._num_streams} requests are in line; try again later", retry_after=1.0)
-        make = self._engine.make_request
+        if self._num_streams >= self.config.max_queued_requests + self.limits.max_num_seqs:
+            # The engine's thread counts exactly; this spares it, and the tokenizer, what cannot fit.
+            problem = f"{self._num_streams} requests run or wait; try again later"
+            raise QueueFull(problem, self._engine.queue.retry_after())
+        make = functools.partial(self._engine.make_request, user=user, slo_class=slo_class, cache_salt=cache_salt)
         request_id = request_id or uuid.uuid4().hex
         self._num_streams += 1
         done = False
@@ -191,6 +199,9 @@ class AsyncEngine:
     def _run(self) -> None:
         try:
             while self._take_inbox():
+                for request_id, error in self._engine.refuse_expired():
+                    self._deliver([(request_id, error)])
+                    self._streams.pop(request_id, None)
                 outputs = self._engine.step()
                 if outputs:
                     self._deliver([(output.request_id, output) for output in outputs])
@@ -224,7 +235,7 @@ class AsyncEngine:
 
     def _add(self, request: Request, stream: _Stream) -> None:
         try:
-            self._engine.submit(request)
+            self._engine.submit(request, bounded=True)
         except EngineError as error:
             self._send(stream.loop, [(stream, error)])
         else:
