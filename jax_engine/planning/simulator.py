@@ -62,7 +62,7 @@ class VirtualBuilder:
     """
 
     def __init__(self, limits: Limits, cost: CostModel, clock: VirtualClock, lengths: dict[str, int]):
-        self._limits, self._cost, self._clock, self._lengths = limits, cost, clock, lengths
+        self._cost, self._clock, self._lengths = cost, clock, lengths
 
     def build(self, schedule: Schedule) -> VirtualBatch:
         """The step's size; takes the time of scheduling and building."""
