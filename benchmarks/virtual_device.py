@@ -2,13 +2,14 @@
 
 The real engine, scheduler and batch builder run on it in virtual time, so that scheduling decisions can be compared on
 hours of traffic in seconds, on any machine. Its step times are those of an 8-billion-parameter model of the Llama shape
-in bfloat16 on one H100: 16 GB of weights at 3 TB/s, 16 GFLOP a token at 700 TFLOP/s, 128 KiB of KV a token at 2.7 TB/s.
+in bfloat16 on one H100: 16 GB of weights at 3 TB/s, 16 GFLOP a token at 700 TFLOP/s, 128 KiB of KV a token at 2.7 TB/s,
+and at 25 GB/s to host memory.
 """
 
 import heapq
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from jax_engine.batch import Batch, BatchLayout, StepResult
 from jax_engine.config import EngineConfig, Limits, resolve
@@ -16,11 +17,13 @@ from jax_engine.engine import Engine
 from jax_engine.model_config import ModelConfig
 from jax_engine.request import RequestOutput
 from jax_engine.sampling_params import RequestOutputKind, SamplingParams
+from jax_engine.schedule import Schedule
 
 VOCAB = 50_000
 WEIGHTS_S = 16e9 / 3e12
 TOKEN_S = 16e9 / 700e12
 PAIR_S = 128 * 1024 / 2.7e12
+PAGE_COPY_S = 16 * 128 * 1024 / 25e9
 HOST_S = 0.3e-3
 #: Relative spread of step times, log-normal.
 JITTER = 0.03
@@ -99,14 +102,22 @@ class VirtualDevice:
         self.busy_until = max(self.now, self.busy_until) + seconds * self._chance.lognormvariate(0, JITTER)
         return _Handle(self, self.busy_until, batch.bucket.num_seqs)
 
-    def copy_pages(self, schedule) -> None:
-        raise AssertionError("the virtual device has no swap space")
+    def copy_pages(self, schedule: Schedule) -> None:
+        pages = sum(len(copy.pages) for copy in (*schedule.swapped_out, *schedule.swapped_in))
+        self.busy_until = max(self.now, self.busy_until) + pages * PAGE_COPY_S
 
 
 def serve(arrivals: Sequence[Arrival], **options) -> tuple[list[Served], Engine]:
     """Serves a trace; `options` are EngineConfig's. Returns what became of it, and the engine with its counters."""
     config = EngineConfig(**({"max_model_len": 16384, "num_pages": 24_000} | options))
     limits = resolve(config, MODEL, platform="gpu", num_pages=1)
+    if config.swap_space_gib:
+        limits = replace(
+            limits,
+            num_swap_pages=int(config.swap_space_gib * 2**30 / (config.page_size * 128 * 1024)),
+            swap_page_seconds=PAGE_COPY_S,
+            token_seconds=TOKEN_S,
+        )
     device = VirtualDevice(limits)
     engine = Engine(device, None, vocab_size=VOCAB, eos_token_ids=(), config=config, clock=lambda: device.now)
     line = [(arrival.time, index, arrival) for index, arrival in enumerate(arrivals)]
