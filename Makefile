@@ -15,7 +15,7 @@ stamp = $(VENV)/.installed-$(if $(and $(1),$(EXTRAS)),$(1)$(comma)$(EXTRAS),$(or
 export PYTHON
 
 .DELETE_ON_ERROR:
-.PHONY: help serve test test-long test-clients check format bench soak bench-host bench-static wheel clean
+.PHONY: help serve test test-long test-clients check format bench soak bench-host bench-scheduling bench-static wheel clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
@@ -59,6 +59,9 @@ soak: $(call stamp) ## ten minutes of load with clients that leave; fails if any
 
 bench-host: $(call stamp) ## host cost of a scheduler step, no device
 	$(PY) -m benchmarks.scheduler_host $(ARGS)
+
+bench-scheduling: $(call stamp) ## what each scheduling decision is worth, in virtual time
+	$(PY) -m benchmarks.scheduling $(ARGS)
 
 bench-static: $(call stamp) ## the same lengths with transformers' generate, one static batch
 	$(PY) -m benchmarks.hf_static $(ARGS)

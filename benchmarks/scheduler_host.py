@@ -5,7 +5,8 @@
 The real engine, scheduler and batch builder run at full speed against a device that answers at once. `steady`: every
 sequence decodes and none ends. `churn`: sequences end after `--output` tokens, at staggered times, and a new one takes
 the place of each, so that joining, paging and leaving are part of the cost. `commit` includes making the outputs, but
-no text: there is no tokenizer.
+no text: there is no tokenizer. `waiting`: churn of 256 running sequences with that many more in line, and under each
+policy with the longest line.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from typing import Any
 from absl import flags
 
 from benchmarks import program, report
-from jax_engine.config import EngineConfig, Limits, resolve
+from jax_engine.config import SCHEDULING_POLICIES, EngineConfig, Limits, resolve
 from jax_engine.engine import Engine
 from jax_engine.metrics import PHASES
 from jax_engine.model_config import ModelConfig
@@ -26,6 +27,8 @@ from jax_engine.sampling_params import RequestOutputKind, SamplingParams
 from jax_engine.testing.fake_runner import FakeRunner
 
 WARMUP_STEPS = 20
+NUM_RUNNING_BESIDE_LINE = 256
+NUM_USERS = 50
 MAX_NUM_BATCHED_TOKENS = 8192
 US = 1e6
 #: Only its number of positions has a part in scheduling.
@@ -47,6 +50,7 @@ def flag_set() -> flags.FlagValues:
     flag_values = flags.FlagValues()
     here = {"flag_values": flag_values, "module_name": "Benchmark"}
     flags.DEFINE_list("running", ["16", "64", "256", "1024"], "Numbers of running sequences.", **here)
+    flags.DEFINE_list("waiting", ["0", "1000", "10000", "100000"], "Lengths of the line beside 256 running.", **here)
     flags.DEFINE_integer("steps", 500, "Timed steps of each case.", lower_bound=10, **here)
     flags.DEFINE_integer("prompt", 128, "Prompt tokens of each sequence.", lower_bound=1, **here)
     flags.DEFINE_integer("output", 256, "Output tokens of each sequence under churn.", lower_bound=2, **here)
@@ -85,12 +89,23 @@ class Load:
 
     Args:
         first_outputs: output lengths of the first requests; all others have `output`.
+        num_waiting: requests beyond those that can run. policy: in which order they wait.
     """
 
-    def __init__(self, limits: Limits, settings: Settings, num_running: int, output: int, first_outputs: Sequence[int]):
+    def __init__(
+        self,
+        limits: Limits,
+        settings: Settings,
+        num_running: int,
+        output: int,
+        first_outputs: Sequence[int],
+        num_waiting: int = 0,
+        policy: str = "fcfs",
+    ):
         runner = FakeRunner(limits, check=False)
-        self.engine = Engine(runner, None, vocab_size=runner.vocab_size, eos_token_ids=(), config=EngineConfig())
-        self.num_running = num_running
+        config = EngineConfig(policy=policy)
+        self.engine = Engine(runner, None, vocab_size=runner.vocab_size, eos_token_ids=(), config=config)
+        self.num_running = num_running + num_waiting
         self.prompt = (1,) * settings.prompt
         self.output_kind = RequestOutputKind[settings.output_kind.upper()]
         self.outputs = itertools.chain(first_outputs, itertools.repeat(output))
@@ -102,7 +117,9 @@ class Load:
             params = SamplingParams(
                 temperature=0.0, max_tokens=next(self.outputs), ignore_eos=True, output_kind=self.output_kind
             )
-            self.engine.submit(self.engine.make_request(str(next(self.numbers)), self.prompt, params))
+            number = next(self.numbers)
+            user = f"user {number % NUM_USERS}"
+            self.engine.submit(self.engine.make_request(str(number), self.prompt, params, user=user))
         self.engine.metrics.reset()
         start = time.perf_counter()
         self.engine.step()
@@ -111,13 +128,15 @@ class Load:
         return {phase: phases[phase] * US for phase in PHASES} | {"total": total * US}
 
 
-def measure(settings: Settings, num_running: int, churn: bool) -> dict[str, Any]:
+def measure(
+    settings: Settings, num_running: int, churn: bool, num_waiting: int = 0, policy: str = "fcfs"
+) -> dict[str, Any]:
     """Microseconds per turn of each phase and of all of it, as percentiles."""
     prefill_steps = num_running * settings.prompt // MAX_NUM_BATCHED_TOKENS
     output = settings.output if churn else settings.steps + prefill_steps + 2 * WARMUP_STEPS
     staggered = [1 + index * output // num_running for index in range(num_running)] if churn else []
     limits = make_limits(num_running, settings.prompt + output, settings.max_inflight_steps)
-    load = Load(limits, settings, num_running, output, staggered)
+    load = Load(limits, settings, num_running, output, staggered, num_waiting, policy)
     for _ in range(prefill_steps + WARMUP_STEPS):
         load.step()
     gc.collect()
@@ -142,6 +161,15 @@ def main(argv: Sequence[str]) -> int:
             case = cases[str(num_running)] = measure(settings, num_running, kind == "churn")
             medians = [f"{case[name]['p50']:.0f}" for name in (*PHASES, "total")]
             rows.append([f"{kind}, {num_running} running", *medians, f"{case['total']['p99']:.0f}"])
+    results["waiting"] = {}
+    lines = [(num_waiting, "fcfs") for num_waiting in map(int, flag_values["waiting"].value)]
+    if lines:
+        lines += [(lines[-1][0], policy) for policy in SCHEDULING_POLICIES if policy != "fcfs"]
+    for num_waiting, policy in lines:
+        case = measure(settings, NUM_RUNNING_BESIDE_LINE, True, num_waiting, policy)
+        results["waiting"][f"{num_waiting}, {policy}"] = case
+        medians = [f"{case[name]['p50']:.0f}" for name in (*PHASES, "total")]
+        rows.append([f"{num_waiting} waiting, {policy}", *medians, f"{case['total']['p99']:.0f}"])
     print(report.table(rows))
     if flag_values["out"].value:
         fields = {"settings": dataclasses.asdict(settings), "us_per_turn": results}

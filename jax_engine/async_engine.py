@@ -5,6 +5,7 @@ sleeps on the inbox when there is no work.
 """
 
 import asyncio
+import functools
 import logging
 import queue
 import threading
@@ -150,8 +151,13 @@ class AsyncEngine:
         *,
         priority: int = 0,
         embed: bool = False,
+        user: str | None = None,
+        slo_class: str | None = None,
+        cache_salt: str | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """Yields outputs as `sampling_params.output_kind` says, the last with `finished` set.
+
+        See Request for the other arguments.
 
         Closing the iterator, or cancelling the task that reads it, aborts the request.
 
@@ -162,9 +168,11 @@ class AsyncEngine:
         """
         if self._draining or not self.is_alive:
             raise EngineStopped("the engine takes no more requests")
-        if len(self._open) >= self.config.max_queued_requests:
-            raise QueueFull(f"{len(self._open)} requests are in line; try again later", retry_after=1.0)
-        make = self._engine.make_request
+        if len(self._open) >= self.config.max_queued_requests + self.limits.max_num_seqs:
+            # The engine's thread counts exactly; this spares it, and the tokenizer, what cannot fit.
+            problem = f"{len(self._open)} requests run or wait; try again later"
+            raise QueueFull(problem, self._engine.queue.retry_after())
+        make = functools.partial(self._engine.make_request, user=user, slo_class=slo_class, cache_salt=cache_salt)
         request_id = request_id or uuid.uuid4().hex
         done = False
         stream = _Stream(request_id, sampling_params.output_kind)
@@ -251,6 +259,9 @@ class AsyncEngine:
         try:
             while self._take_inbox():
                 self._turn_started = self._engine.clock()
+                for request_id, error in self._engine.refuse_expired():
+                    self._deliver([(request_id, error)])
+                    self._streams.pop(request_id, None)
                 outputs = self._engine.step()
                 self._turn_started = None
                 if outputs:
@@ -296,7 +307,7 @@ class AsyncEngine:
 
     def _add(self, request: Request, stream: _Stream) -> None:
         try:
-            self._engine.submit(request)
+            self._engine.submit(request, bounded=True)
         except EngineError as error:
             self._send(stream.loop, [(stream, error)])
         else:

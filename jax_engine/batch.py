@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jax_engine.buckets import Bucket, buckets
 from jax_engine.config import Limits
 from jax_engine.constraints import Constraints, ConstraintTable
 from jax_engine.features import Feature
 from jax_engine.sampling_params import MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS
-from jax_engine.scheduler import Schedule
+from jax_engine.schedule import Schedule
 from jax_engine.sequence import Sequence
 
 #: Per-sequence settings, int32 or float32 by their bits, one row of the table for each.
@@ -33,31 +34,9 @@ FLOAT_FIELDS = (
 )
 #: Most (token, value, until) triples of a sequence: its logit biases, and its stop and end tokens under min_tokens.
 MAX_ADJUSTMENTS = MAX_LOGIT_BIASES + MAX_STOP_TOKEN_IDS + 20
+#: Stop tokens of a sequence that the device knows. A sequence that ends by another one does some work in vain.
+NUM_STOP_IDS = 8
 _FOREVER = 2**31 - 1
-
-
-class Bucket(NamedTuple):
-    """A compiled size: packed tokens, sequences, and whether every sequence has one token."""
-
-    num_tokens: int
-    num_seqs: int
-    decode_only: bool
-
-
-def buckets(limits: Limits) -> list[Bucket]:
-    """Every size a step can take, those of decode first."""
-    decode = [Bucket(size, size, True) for size in limits.decode_buckets]
-    return decode + [Bucket(size, min(size, limits.max_num_seqs), False) for size in limits.token_buckets]
-
-
-def choose_bucket(limits: Limits, num_tokens: int, num_single: int, num_rows: int) -> Bucket:
-    """The smallest bucket that holds the step."""
-    if num_single == num_rows:
-        for size in limits.decode_buckets:
-            if size >= num_rows:
-                return Bucket(size, size, True)
-    size = next(size for size in limits.token_buckets if size >= num_tokens)
-    return Bucket(size, min(size, limits.max_num_seqs), False)
 
 
 @dataclass(frozen=True)
@@ -71,6 +50,7 @@ class BatchLayout:
         starts [B]: position of the row's first token.
         slots [B]: the row's slot; max_num_seqs for padding rows.
         settings [10, B]: INT_FIELDS, then FLOAT_FIELDS by their bits.
+        stop_ids [8, B]: tokens that end the row's sequence, the lowest of them; -1 where there are fewer.
         page_table [B, P]: ids of the row's pages.
         scalars [2]: rows that take the path of single tokens; the features in use.
     """
@@ -88,6 +68,7 @@ class BatchLayout:
             "starts": (seqs,),
             "slots": (seqs,),
             "settings": (len(INT_FIELDS) + len(FLOAT_FIELDS), seqs),
+            "stop_ids": (NUM_STOP_IDS, seqs),
             "page_table": (seqs, self.max_pages_per_seq),
             "scalars": (2,),
         }
@@ -141,7 +122,7 @@ class StepResult(NamedTuple):
     """What came of a batch, on the host, an entry per row. Log-probabilities are None where nobody asked for any.
 
     Attributes:
-        tokens: B ids; scheduler.INVALID_TOKEN where the logits held a NaN, NO_TOKEN_ALLOWED where constraints exclude
+        tokens: B ids; schedule.INVALID_TOKEN where the logits held a NaN, NO_TOKEN_ALLOWED where constraints exclude
             every token.
         logprobs: (logprob [B], rank [B], top ids [B, K], top log-probabilities [B, K]) of the tokens.
         prompt_logprobs: the same of the prompt targets, [T] and [T, K].
@@ -168,6 +149,7 @@ class BatchBuilder:
         num_slots = limits.max_num_seqs
         self._settings = np.zeros((len(INT_FIELDS) + len(FLOAT_FIELDS), num_slots), np.int32)
         self._features = np.zeros(num_slots, np.int32)
+        self._stop_ids = np.full((NUM_STOP_IDS, num_slots), -1, np.int32)
         self._page_table = np.zeros((num_slots, limits.max_pages_per_seq), np.int32)
         self._adjustments: dict[int, Adjustments] = {}
         self._constraints = ConstraintTable(vocab_size)
@@ -185,7 +167,8 @@ class BatchBuilder:
             self._page_table[sequence.slot, first : first + len(pages)] = pages
         rows = schedule.rows
         num_rows = len(rows)
-        bucket = choose_bucket(self.limits, schedule.num_tokens, schedule.num_single, num_rows)
+        bucket = schedule.bucket
+        assert bucket is not None
         layout = self._layouts[bucket]
         # The page table is by far the largest part, and what lies past a row's pages is never read: it stays as it is.
         packed = np.empty(layout.size, np.int32)
@@ -201,6 +184,7 @@ class BatchBuilder:
         np.cumsum(counts, out=parts["query_starts"][1 : num_rows + 1])
         parts["query_starts"][num_rows + 1 :] = schedule.num_tokens
         parts["settings"][:, :num_rows] = self._settings[:, slots]
+        parts["stop_ids"][:, :num_rows] = self._stop_ids[:, slots]
         width = -(-int((starts + counts).max()) // self.limits.page_size)
         parts["page_table"][:num_rows, :width] = self._page_table[:, :width].take(slots, axis=0)
         parts["token_ids"][: schedule.num_tokens] = _token_ids(schedule)
@@ -227,6 +211,8 @@ class BatchBuilder:
         self._settings[: len(INT_FIELDS), sequence.slot] = (sequence.num_prompt_tokens, top_k, *seed)
         floats = [temperature, *(getattr(params, name) for name in FLOAT_FIELDS[1:])]
         self._settings[len(INT_FIELDS) :, sequence.slot] = np.array(floats, np.float32).view(np.int32)
+        stop_ids = sorted(sequence.stop_token_ids)[:NUM_STOP_IDS]
+        self._stop_ids[:, sequence.slot] = stop_ids + [-1] * (NUM_STOP_IDS - len(stop_ids))
         adjustments = _adjustments(sequence)
         self._adjustments[sequence.slot] = adjustments
         features = Feature.NONE
@@ -240,7 +226,7 @@ class BatchBuilder:
             features |= Feature.ADJUST
         if params.logprobs is not None:
             features |= Feature.LOGPROBS
-        if params.prompt_logprobs is not None:
+        if sequence.scores_prompt:
             features |= Feature.PROMPT_LOGPROBS
         self._constraints.set_slot(sequence)
         if sequence.request.bad_token_ids:
@@ -290,7 +276,7 @@ def _prompt_targets(schedule: Schedule, num_tokens: int) -> np.ndarray:
     targets = np.full(num_tokens, -1, np.int32)
     offset = 0
     for sequence, start, count, _ in schedule.rows:
-        if sequence.request.sampling_params.prompt_logprobs is not None:
+        if sequence.scores_prompt:
             following = sequence.token_ids[start + 1 : min(start + count + 1, sequence.num_prompt_tokens)]
             targets[offset : offset + len(following)] = following
         offset += count

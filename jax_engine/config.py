@@ -4,6 +4,7 @@ Everything is frozen and derived once, at start; nothing is written later. Nothi
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -11,7 +12,8 @@ from jax_engine.errors import ConfigError
 from jax_engine.model_config import ModelConfig
 
 SCHEDULING_MODES = ("static", "sync", "async")
-SCHEDULING_POLICIES = ("fcfs", "priority")
+SCHEDULING_POLICIES = ("fcfs", "priority", "fair", "slo")
+PREEMPTION_MODES = ("auto", "recompute", "swap")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
 
@@ -47,10 +49,33 @@ class EngineConfig:
     scheduling: str = _option(
         "async", "static: whole batches. sync: join and leave every step. async: sync, run ahead."
     )
-    policy: str = _option("fcfs", "Who is served first: fcfs, or priority (lower Request.priority first).")
+    policy: str = _option(
+        "fcfs", "Who is served first: fcfs, priority (lower first, with ageing), fair (among users), slo (least slack)."
+    )
+    priority_ageing_s: float = _option(30.0, "policy=priority: seconds of waiting that are worth one level.")
+    user_weights: tuple[str, ...] = _option((), "policy=fair: shares of users as name=weight; others have 1.")
+    slo_classes: tuple[str, ...] = _option(
+        ("default:1000:100",), "policy=slo: name:ttft_ms:itl_ms of each class; the first serves requests without one."
+    )
     max_inflight_steps: int = _option(2, "Steps dispatched but not read back, in async scheduling.")
-    max_queued_requests: int = _option(10_000, "Most unfinished requests of a server; one more is refused.")
+    max_queued_requests: int = _option(10_000, "Most requests of a server that wait for a slot; one more is refused.")
     max_unread_outputs: int = _option(4096, "Outputs that a reader may leave unread before its request is aborted.")
+    max_queued_tokens: int | None = _option(None, "Most prompt tokens of requests that wait; more are refused.")
+    queue_timeout_s: float | None = _option(None, "Requests of a server that wait longer for a slot are refused.")
+    max_decode_gap_ms: float | None = _option(
+        None, "Longest time between two tokens of a stream while prompts are prefilled. Default: no bound."
+    )
+    max_concurrent_prefills: int | None = _option(None, "Most sequences whose prompts are in work. Default: no bound.")
+    prefill_token_budget: int | None = _option(None, "Most prompt tokens of one step. Default: the token budget.")
+    fill_buckets: bool = _option(True, "Cut a prompt where it fills a compiled size, rather than pad the next.")
+    enable_prefix_caching: bool = _option(True, "Use the KV of equal beginnings again.")
+    swap_space_gib: float = _option(0.0, "Host memory for the KV of preempted sequences; 0: compute it again.")
+    preemption_mode: str = _option("auto", "auto: whichever way back is cheaper. recompute or swap: always that one.")
+    swap_gib_per_s: float | None = _option(None, "Speed of copies to host memory. Default: measured at start.")
+    prefill_tokens_per_s: float | None = _option(None, "Prompt tokens computed in a second. Default: measured.")
+    deterministic: bool = _option(
+        False, "One compiled size for all steps: a request's output never depends on what else runs."
+    )
     token_buckets: tuple[int, ...] | None = _option(None, "Compiled token counts of steps that hold prompt tokens.")
     decode_buckets: tuple[int, ...] | None = _option(
         None, "Compiled sequence counts of steps of one token per sequence. Empty: token_buckets serve these too."
@@ -67,6 +92,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         self._check_choice("scheduling", SCHEDULING_MODES)
         self._check_choice("policy", SCHEDULING_POLICIES)
+        self._check_choice("preemption_mode", PREEMPTION_MODES)
         self._check_choice("dtype", DTYPES)
         self._check_choice("load_format", LOAD_FORMATS)
         for name in (
@@ -78,10 +104,14 @@ class EngineConfig:
             "max_queued_requests",
             "step_log_max_mib",
             "max_unread_outputs",
+            "max_queued_tokens",
+            "max_concurrent_prefills",
+            "prefill_token_budget",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
+        self._check_scheduling()
         if self.page_size < 1 or self.page_size & (self.page_size - 1):
             raise ConfigError(f"page_size must be a power of two, got {self.page_size}")
         if not 0 < self.gpu_memory_utilization <= 1:
@@ -94,6 +124,26 @@ class EngineConfig:
                     raise ConfigError(f"{name} must be increasing positive sizes, got {value}")
                 object.__setattr__(self, name, value)
 
+    def _check_scheduling(self) -> None:
+        for name in (
+            "priority_ageing_s",
+            "queue_timeout_s",
+            "max_decode_gap_ms",
+            "swap_gib_per_s",
+            "prefill_tokens_per_s",
+        ):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name} must be above 0, got {value}")
+        if not 0 <= self.swap_space_gib < math.inf:
+            raise ConfigError(f"swap_space_gib must be at least 0, got {self.swap_space_gib}")
+        if self.preemption_mode == "swap" and not self.swap_space_gib:
+            raise ConfigError("preemption_mode swap needs swap_space_gib above 0")
+        if self.deterministic and (self.decode_buckets or len(self.token_buckets or (0,)) > 1):
+            raise ConfigError("deterministic has one bucket: give no decode_buckets and at most one of token_buckets")
+        _slo_classes(self.slo_classes)
+        _user_weights(self.user_weights)
+
     def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
         if getattr(self, name) not in allowed:
             raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
@@ -105,7 +155,13 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """The sizes the scheduler and the batches live in; all concrete."""
+    """The sizes the scheduler and the batches live in, and the constants it decides by; all concrete.
+
+    Attributes:
+        num_swap_pages: pages that the host's swap space holds. swap_page_seconds: time to copy one page, one way.
+        token_seconds: time to compute one prompt token.
+        user_weights: user -> share under the fair policy. slo_classes: name -> (ttft, itl), in seconds.
+    """
 
     max_model_len: int
     max_num_seqs: int
@@ -116,6 +172,18 @@ class Limits:
     max_inflight_steps: int
     token_buckets: tuple[int, ...]
     decode_buckets: tuple[int, ...]
+    enable_prefix_caching: bool = True
+    fill_buckets: bool = True
+    max_decode_gap_s: float | None = None
+    max_concurrent_prefills: int | None = None
+    prefill_token_budget: int | None = None
+    preemption_mode: str = "auto"
+    num_swap_pages: int = 0
+    swap_page_seconds: float = 0.0
+    token_seconds: float = 0.0
+    priority_ageing_s: float = 30.0
+    user_weights: Mapping[str, float] = field(default_factory=dict)
+    slo_classes: Mapping[str, tuple[float, float]] = field(default_factory=lambda: {"default": (1.0, 0.1)})
 
     @property
     def max_pages_per_seq(self) -> int:
@@ -143,17 +211,19 @@ def resolve(config: EngineConfig, model: ModelConfig, *, platform: str, num_page
             f"max_model_len {config.max_model_len} is more than the model's {model.max_position_embeddings} positions"
         )
     max_num_seqs = config.max_num_seqs or (32 if on_cpu else 256)
-    budget = config.max_num_batched_tokens or max(max_num_seqs, 512 if on_cpu else 8192)
+    usual_budget = (64 if on_cpu else 1024) if config.deterministic else (512 if on_cpu else 8192)
+    budget = config.max_num_batched_tokens or max(max_num_seqs, usual_budget)
     if config.max_num_batched_tokens is None and config.token_buckets:
         budget = config.token_buckets[-1]
     if budget < max_num_seqs:
         raise ConfigError(f"max_num_batched_tokens {budget} is less than max_num_seqs {max_num_seqs}")
-    token_buckets = config.token_buckets or _doublings(min(64 if on_cpu else 128, budget), budget)
+    smallest = budget if config.deterministic else min(64 if on_cpu else 128, budget)
+    token_buckets = config.token_buckets or _doublings(smallest, budget)
     if token_buckets[-1] < budget:
         raise ConfigError(f"the largest of token_buckets {token_buckets} is below the token budget {budget}")
     decode_buckets = config.decode_buckets
     if decode_buckets is None:
-        decode_buckets = _doublings(1, max_num_seqs)
+        decode_buckets = () if config.deterministic else _doublings(1, max_num_seqs)
     if decode_buckets and decode_buckets[-1] < max_num_seqs:
         raise ConfigError(f"the largest of decode_buckets {decode_buckets} is below max_num_seqs {max_num_seqs}")
     depth = config.max_inflight_steps if config.scheduling == "async" else 1
@@ -167,7 +237,65 @@ def resolve(config: EngineConfig, model: ModelConfig, *, platform: str, num_page
         max_inflight_steps=depth,
         token_buckets=token_buckets,
         decode_buckets=decode_buckets,
+        **_scheduling_limits(config) | _without_state_in_pages(config, model),
     )
+
+
+def _scheduling_limits(config: EngineConfig) -> dict[str, Any]:
+    """The fields of Limits that follow from the configuration alone."""
+    return {
+        "enable_prefix_caching": config.enable_prefix_caching,
+        "fill_buckets": config.fill_buckets,
+        "max_decode_gap_s": config.max_decode_gap_ms and config.max_decode_gap_ms / 1e3,
+        "max_concurrent_prefills": config.max_concurrent_prefills,
+        "prefill_token_budget": config.prefill_token_budget,
+        "preemption_mode": config.preemption_mode,
+        "token_seconds": 1 / config.prefill_tokens_per_s if config.prefill_tokens_per_s else 0.0,
+        "priority_ageing_s": config.priority_ageing_s,
+        "user_weights": _user_weights(config.user_weights),
+        "slo_classes": _slo_classes(config.slo_classes),
+    }
+
+
+def _without_state_in_pages(config: EngineConfig, model: ModelConfig) -> dict[str, Any]:
+    """What a model forbids whose pages are not all that it knows of a sequence."""
+    if not model.num_recurrent_layers:
+        return {}
+    if config.swap_space_gib:
+        raise ConfigError("swap_space_gib must be 0: the model has layers whose state is not in pages to be swapped")
+    return {"enable_prefix_caching": False}
+
+
+def _slo_classes(texts: tuple[str, ...]) -> dict[str, tuple[float, float]]:
+    """`name:ttft_ms:itl_ms` -> {name: (ttft, itl)} in seconds."""
+    classes = {}
+    for text in texts:
+        name, *numbers = text.split(":")
+        try:
+            ttft, itl = (float(number) / 1e3 for number in numbers)
+        except ValueError:
+            ttft = itl = 0.0
+        if not name or name in classes or not (0 < ttft < math.inf and 0 < itl < math.inf):
+            raise ConfigError(f"slo_classes: each must be name:ttft_ms:itl_ms, names once, times above 0; got {text!r}")
+        classes[name] = (ttft, itl)
+    if not classes:
+        raise ConfigError("slo_classes must name at least one class")
+    return classes
+
+
+def _user_weights(texts: tuple[str, ...]) -> dict[str, float]:
+    """`name=weight` -> {name: weight}."""
+    weights: dict[str, float] = {}
+    for text in texts:
+        name, _, number = text.rpartition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = 0.0
+        if not name or name in weights or not 0 < weight < math.inf:
+            raise ConfigError(f"user_weights: each must be name=weight, names once, weights above 0; got {text!r}")
+        weights[name] = weight
+    return weights
 
 
 def _doublings(start: int, end: int) -> tuple[int, ...]:

@@ -15,13 +15,23 @@ import numpy as np
 from jax_engine.batch import Batch, BatchBuilder, StepResult
 from jax_engine.config import EngineConfig, Limits
 from jax_engine.constraints import MAX_BAN_TOKENS
-from jax_engine.errors import InvalidRequest
+from jax_engine.errors import InvalidRequest, QueueFull
 from jax_engine.grammar import Grammar, GrammarCompiler, GrammarStates
 from jax_engine.metrics import Gauges, Metrics
 from jax_engine.output import OutputState
-from jax_engine.request import FinishReason, Logprob, PositionLogprobs, Request, RequestMetrics, RequestOutput
+from jax_engine.request import (
+    MAX_NAME_CHARS,
+    FinishReason,
+    Logprob,
+    PositionLogprobs,
+    Request,
+    RequestMetrics,
+    RequestOutput,
+)
+from jax_engine.request_queue import RequestQueue
 from jax_engine.sampling_params import SamplingParams
-from jax_engine.scheduler import NO_TOKEN_ALLOWED, Row, Schedule, Scheduler, TokenDelta
+from jax_engine.schedule import NO_TOKEN_ALLOWED, Row, Schedule, TokenDelta
+from jax_engine.scheduler import Scheduler
 from jax_engine.sequence import Sequence
 from jax_engine.step_log import StepLog
 from jax_engine.timeline import Timeline
@@ -56,6 +66,8 @@ class Runner(Protocol):
 
     def sample(self, handle: Any, batch: Batch, mask: np.ndarray) -> None: ...
 
+    def copy_pages(self, schedule: Schedule) -> None: ...
+
 
 class Engine:
     """The loop, and the life of requests.
@@ -87,6 +99,7 @@ class Engine:
         self.vocab_size = vocab_size
         self.eos_token_ids = frozenset(eos_token_ids)
         self.scheduler = Scheduler(runner.limits, config.policy)
+        self.queue = RequestQueue(config)
         self.metrics = Metrics(clock)
         self.step_log = StepLog() if step_log is None else step_log
         self.timeline = Timeline()
@@ -94,7 +107,7 @@ class Engine:
         self._builder = BatchBuilder(runner.limits, vocab_size) if builder is None else builder
         self._grammars = GrammarStates(vocab_size)
         self._compiler = GrammarCompiler(tokenizer, vocab_size, self.eos_token_ids) if tokenizer else None
-        self._ring: deque[tuple[Schedule, StepHandle]] = deque()
+        self._ring: deque[tuple[Schedule, StepHandle]] = deque()  # with the time of dispatch
         self._states: dict[str, OutputState] = {}
         self._seed = config.seed
         self._num_seeds = 0
@@ -131,8 +144,11 @@ class Engine:
         priority: int = 0,
         *,
         embed: bool = False,
+        user: str | None = None,
+        slo_class: str | None = None,
+        cache_salt: str | None = None,
     ) -> Request:
-        """Tokenizes and checks; may be called from any thread. embed: see Request.
+        """Tokenizes and checks; may be called from any thread. See Request for the arguments.
 
         Raises:
             InvalidRequest: this engine could never serve it.
@@ -145,6 +161,12 @@ class Engine:
             token_ids = list(prompt)
         token_ids = params.truncated(token_ids, self.limits.max_model_len)
         self._check(token_ids, params)
+        for name, text in (("user", user), ("slo_class", slo_class), ("cache_salt", cache_salt)):
+            if text is not None and len(text) > MAX_NAME_CHARS:
+                raise InvalidRequest(f"{name} has {len(text)} characters; at most {MAX_NAME_CHARS} are allowed", name)
+        if slo_class is not None and slo_class not in self.limits.slo_classes:
+            known = ", ".join(self.limits.slo_classes)
+            raise InvalidRequest(f"slo_class must be one of {known}; got {slo_class!r}", "slo_class")
         return Request(
             request_id=request_id,
             prompt_token_ids=tuple(token_ids),
@@ -155,6 +177,9 @@ class Engine:
             bad_token_ids=self._bad_token_ids(params),
             grammar=self._grammar(params),
             embed=embed,
+            user=user,
+            slo_class=slo_class,
+            cache_salt=cache_salt,
         )
 
     def _bad_token_ids(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
@@ -202,14 +227,20 @@ class Engine:
         if params.stop and self.tokenizer is None:
             raise InvalidRequest("the model has no tokenizer: stop strings cannot be found", "stop")
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: Request, *, bounded: bool = False) -> None:
         """Puts a request in line.
+
+        Args:
+            bounded: keep to the bounds of the queue.
 
         Raises:
             InvalidRequest: its id is in use.
+            QueueFull: too many wait.
         """
         if request.request_id in self._states:
             raise InvalidRequest(f"request id {request.request_id!r} is in use", "request_id")
+        if bounded:
+            self.queue.check(request)
         params = request.sampling_params
         seed = params.seed
         if seed is None:
@@ -227,6 +258,16 @@ class Engine:
             self._grammars.add(sequence)
         self.step_log.added(request, sequences)
         self._states[request.request_id] = OutputState(request, sequences, self.tokenizer)
+        self.queue.join(request, self.clock())
+
+    def refuse_expired(self) -> list[tuple[str, QueueFull]]:
+        """Ends the requests that have waited too long for their first step, and says what to tell their callers."""
+        refused = []
+        for request_id in self.queue.expired(self.clock()):
+            self.abort(request_id)
+            problem = f"the request waited {self.queue.timeout_s:g} s without being served; try again later"
+            refused.append((request_id, QueueFull(problem, max(1.0, self.queue.retry_after()))))
+        return refused
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """Ends a request; returns its last output, or None if there is no such request."""
@@ -256,7 +297,10 @@ class Engine:
 
     def _turn(self) -> list[RequestOutput]:
         outputs: list[RequestOutput] = []
-        schedule = self._timed("schedule", self.scheduler.schedule)
+        schedule = self._timed("schedule", self.scheduler.schedule, self.clock())
+        if schedule.swapped_out or schedule.swapped_in or schedule.dropped_tickets:
+            self._timed("dispatch", self._runner.copy_pages, schedule)
+        self._note_decisions(schedule)
         if not schedule.rows:
             self.step_log.scheduled(schedule, None, self.scheduler, self.metrics.compiles_after_ready)
         else:
@@ -277,8 +321,9 @@ class Engine:
         schedule, handle = self._ring.popleft()
         waits = not handle.is_ready()
         result = self._timed("wait", handle.result)
-        self.metrics.histograms["step"].observe(self.timeline.add_result(self.clock()))
-        return self._timed("commit", self._commit, schedule, result, waits)
+        seconds = self.timeline.add_result(self.clock())
+        self.metrics.histograms["step"].observe(seconds)
+        return self._timed("commit", self._commit, schedule, result, waits, seconds)
 
     def _sample(self, schedule: Schedule, batch: Batch, handle: StepHandle) -> list[RequestOutput]:
         """Dispatches the sampling of a deferred step; returns the outputs of requests whose grammar has come to an end
@@ -305,21 +350,23 @@ class Engine:
         self.timeline.add_phase(phase, started, ended)
         return result
 
-    def _note_dispatch(self, schedule: Schedule, batch: Batch) -> None:
-        now = self.clock()
+    def _note_decisions(self, schedule: Schedule) -> None:
         for sequence in schedule.admitted:
             metrics = self._states[sequence.request.request_id].metrics
             if metrics.first_scheduled_time is None:
-                metrics.first_scheduled_time = now
-                self.metrics.histograms["queue"].observe(now - metrics.arrival_time)
-        for sequence in schedule.preempted:
-            self._states[sequence.request.request_id].metrics.num_preemptions += 1
+                metrics.first_scheduled_time = schedule.time
+                self.metrics.histograms["queue"].observe(schedule.time - metrics.arrival_time)
+                self.queue.admit(sequence.request.request_id, schedule.time)
+        for preemption in schedule.preempted:
+            self._states[preemption.sequence.request.request_id].metrics.num_preemptions += 1
         self.metrics.preemptions += len(schedule.preempted)
+
+    def _note_dispatch(self, schedule: Schedule, batch: Batch) -> None:
         num_decodes = sum(row.start >= row.sequence.num_prompt_tokens for row in schedule.rows[: schedule.num_single])
         self.metrics.add_step(batch.bucket, schedule.num_tokens, num_decodes)
         gauges = self.gauges
         self.timeline.add_dispatch(
-            now,
+            self.clock(),
             schedule.num_tokens,
             batch.bucket.num_tokens,
             num_decodes,
@@ -329,13 +376,13 @@ class Engine:
             gauges.used_pages,
         )
 
-    def _commit(self, schedule: Schedule, result: StepResult, waited: bool) -> list[RequestOutput]:
+    def _commit(self, schedule: Schedule, result: StepResult, waited: bool, seconds: float) -> list[RequestOutput]:
         now = self.clock()
         changed: dict[str, OutputState] = {}
         if result.prompt_logprobs is not None:
             self._take_prompt_logprobs(schedule.rows, result.prompt_logprobs)
-        deltas = self.scheduler.commit(schedule, result.tokens)
-        self.step_log.committed(result.tokens[: len(schedule.rows)], waited)
+        deltas = self.scheduler.commit(schedule, result.tokens, seconds)
+        self.step_log.committed(result.tokens[: len(schedule.rows)], waited, seconds)
         self.metrics.tokens["generated"] += len(deltas)
         for delta in deltas:
             state = self._states[delta.sequence.request.request_id]
@@ -395,7 +442,7 @@ class Engine:
         for sequence, start, count, _ in rows:
             state = self._states.get(sequence.request.request_id)
             wanted = sequence.request.sampling_params.prompt_logprobs
-            if state is not None and wanted is not None:
+            if state is not None and wanted is not None and sequence.scores_prompt:
                 # The logits at position p judge the prompt token at p + 1.
                 following = sequence.token_ids[start + 1 : min(start + count + 1, sequence.num_prompt_tokens)]
                 entries = [
@@ -408,6 +455,7 @@ class Engine:
     def _finish(self, state: OutputState) -> None:
         """Forgets a request that has ended."""
         del self._states[state.request.request_id]
+        self.queue.leave(state.request.request_id)
         state.metrics.finished_time = now = self.clock()
         histograms = self.metrics.histograms
         histograms["end_to_end"].observe(now - state.metrics.arrival_time)

@@ -16,7 +16,7 @@ import numpy as np
 from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
 
 from jax_engine.errors import InvalidRequest
-from jax_engine.scheduler import Row
+from jax_engine.schedule import Row
 from jax_engine.sequence import Sequence, Status
 from jax_engine.structured_outputs import WHITESPACE, StructuredOutputsParams
 from jax_engine.tokenizer import Tokenizer

@@ -58,6 +58,8 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        *,
+        cache_salt: str | None = None,
     ) -> list[RequestOutput]:
         """Completes prompts.
 
@@ -65,6 +67,7 @@ class LLM:
             prompts: texts or lists of token ids, or one of them.
             sampling_params: one for all, or one per prompt; None for the defaults.
             use_tqdm: show a progress bar.
+            cache_salt: these prompts share cached prefixes only with prompts of the same salt.
 
         Returns:
             One output per prompt, in their order.
@@ -72,7 +75,7 @@ class LLM:
         Raises:
             InvalidRequest: a prompt or parameter is wrong; none of the prompts is run.
         """
-        return self._generate(prompts, sampling_params, use_tqdm)
+        return self._generate(prompts, sampling_params, use_tqdm, cache_salt=cache_salt)
 
     def _generate(
         self,
@@ -81,6 +84,7 @@ class LLM:
         use_tqdm: bool,
         *,
         embed: bool = False,
+        cache_salt: str | None = None,
     ) -> list[RequestOutput]:
         if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
             prompts = [prompts]  # type: ignore[list-item]
@@ -91,7 +95,9 @@ class LLM:
         requests = []
         for prompt, own in zip(prompts, all_params, strict=True):
             own = dataclasses.replace(own, output_kind=RequestOutputKind.FINAL_ONLY)
-            requests.append(self._engine.make_request(str(self._num_requests), prompt, own, embed=embed))  # type: ignore[arg-type]
+            request_id = str(self._num_requests)
+            request = self._engine.make_request(request_id, prompt, own, embed=embed, cache_salt=cache_salt)  # type: ignore[arg-type]
+            requests.append(request)
             self._num_requests += 1
         for request in requests:
             self._engine.submit(request)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jax_engine.batch import Bucket
+from jax_engine.buckets import Bucket
 
 #: The phases of one turn of the engine's loop, in order. `wait` is the wait for the device, the rest is host work.
 PHASES = ("schedule", "build", "dispatch", "grammar", "wait", "commit")

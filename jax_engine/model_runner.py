@@ -20,15 +20,19 @@ from tqdm import tqdm
 from checkpoints.formats import Checkpoint
 from checkpoints.known_models import default_cache_dir
 from checkpoints.loader import dummy, load
-from jax_engine.batch import Batch, BatchLayout, Bucket, StepResult, buckets, no_adjustments
+from jax_engine.batch import Batch, BatchLayout, StepResult, no_adjustments
+from jax_engine.buckets import Bucket, buckets
 from jax_engine.config import EngineConfig, Limits, resolve
 from jax_engine.constraints import Constraints, unconstrained
+from jax_engine.costs import measure
 from jax_engine.errors import ConfigError
 from jax_engine.features import Feature
 from jax_engine.kv_cache import KVCache
 from jax_engine.models import read_config
+from jax_engine.page_store import PageStore
 from jax_engine.program import ModelProgram, nested
 from jax_engine.sampler import SamplerOutput
+from jax_engine.schedule import Schedule
 from jax_engine.step import StepOutput
 
 _log = logging.getLogger(__name__)
@@ -122,6 +126,12 @@ class ModelRunner:
             size: self._put(unconstrained(size, self.model_config.vocab_size)) for size in self._no_adjustments
         }
         self._steps, self._samplers = self._compile()
+        self._page_store: PageStore | None = None
+        if config.swap_space_gib:
+            self._page_store = PageStore(self._program.cache_shapes(self.limits), num_pages, self._put)
+        if self._page_store is not None or config.policy == "slo":
+            page_bytes = self._program.page_bytes(self.limits.page_size)
+            self.limits = measure(config, self.limits, page_bytes, self.dispatch, self.copy_pages)
 
     def dispatch(self, batch: Batch) -> StepHandle:
         """Enqueues a step and returns at once."""
@@ -170,6 +180,11 @@ class ModelRunner:
         nothing = self._no_constraints[batch.bucket.num_seqs]
         given = batch.constraints or Constraints(None, None)
         return Constraints(*(n if g is None else self._put(g) for n, g in zip(nothing, given, strict=True)))
+
+    def copy_pages(self, schedule: Schedule) -> None:
+        """Enqueues the schedule's copies between device and host memory, and returns at once."""
+        assert self._page_store is not None, "pages can be swapped only where there is swap space"
+        self._cache = self._page_store.copy(self._cache, schedule)
 
     def _put(self, arrays):
         return jax.device_put(arrays, self._replicated)

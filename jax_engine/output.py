@@ -148,6 +148,7 @@ class OutputState:
             metrics=self.metrics,
             prompt_logprobs=self.prompt_logprobs,
             embedding=self.embedding,
+            num_cached_tokens=self.sequences[0].num_cached or 0,
             error=self._error,
             error_param=self._error_param,
         )

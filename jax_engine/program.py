@@ -14,7 +14,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from checkpoints.weight_map import Wanted
-from jax_engine.batch import Adjustments, BatchLayout, Bucket, no_adjustments
+from jax_engine.batch import Adjustments, BatchLayout, no_adjustments
+from jax_engine.buckets import Bucket
 from jax_engine.config import Limits
 from jax_engine.constraints import unconstrained
 from jax_engine.kv_cache import KVCache, cache_shapes, page_bytes, state_bytes

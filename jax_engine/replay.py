@@ -8,9 +8,9 @@ from typing import Any
 
 import msgspec
 
-from jax_engine.batch import choose_bucket
 from jax_engine.errors import EngineError
-from jax_engine.scheduler import Schedule, Scheduler
+from jax_engine.schedule import Schedule
+from jax_engine.scheduler import Scheduler
 from jax_engine.sequence import Sequence
 from jax_engine.step_log import Added, Done, Ended, LogError, LogReader, Step, decision
 
@@ -77,17 +77,14 @@ class Replay:
             self._sequences[number] = sequence
 
     def _step(self, event: Step) -> Difference | None:
-        schedule = self.scheduler.schedule()
+        schedule = self.scheduler.schedule(event.decision["time"])
         self.num_decisions += 1
         replayed = decision(schedule)
-        replayed["bucket"] = None
         if schedule.rows:
-            bucket = choose_bucket(self.scheduler.limits, schedule.num_tokens, schedule.num_single, len(schedule.rows))
-            replayed["bucket"] = list(bucket)
             self.num_steps += 1
             self._schedules[event.number] = schedule
         replayed["free_pages"] = self.scheduler.pool.num_free
-        logged = event.decision | {"bucket": event.bucket and list(event.bucket), "free_pages": event.free_pages}
+        logged = event.decision | {"free_pages": event.free_pages}
         for field in ("rows", *(logged.keys() | replayed.keys()) - {"rows"}):
             if logged.get(field) != replayed.get(field):
                 return _difference(event.number, field, logged.get(field), replayed.get(field))
@@ -97,7 +94,7 @@ class Replay:
         schedule = self._schedules.pop(event.number, None)
         if schedule is None or len(event.tokens) != len(schedule.rows):
             raise LogError(f"the log takes in step {event.number} with {len(event.tokens)} tokens; it has no such step")
-        self.scheduler.commit(schedule, event.tokens)
+        self.scheduler.commit(schedule, event.tokens, event.seconds)
 
     def _sequence(self, number: int) -> Sequence:
         if number not in self._sequences:

@@ -11,6 +11,9 @@ import numpy as np
 
 from jax_engine.sampling_params import SamplingParams
 
+#: Longest user, slo_class or cache_salt of a request.
+MAX_NAME_CHARS = 512
+
 
 class FinishReason(enum.StrEnum):
     """Why a completion ended; the values are those of the OpenAI API, plus `abort` and `error`."""
@@ -35,6 +38,9 @@ class Request:
         bad_token_ids: the token sequences of `sampling_params.bad_words`.
         grammar: `sampling_params.structured_outputs`, compiled: a grammar.Grammar.
         embed: the prompt's embedding is wanted; the one token that is sampled has no meaning.
+        user: who asks; the fair policy shares the engine among users. None: one nameless user.
+        slo_class: name of one of the operator's latency classes; None: the first. Read by the slo policy.
+        cache_salt: requests use each other's cached prefixes only if their salts are equal.
     """
 
     request_id: str
@@ -46,6 +52,9 @@ class Request:
     bad_token_ids: tuple[tuple[int, ...], ...] = ()
     grammar: Any = None
     embed: bool = False
+    user: str | None = None
+    slo_class: str | None = None
+    cache_salt: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +122,7 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics
     prompt_logprobs: list[PositionLogprobs | None] | None = None
+    #: Prompt tokens whose KV was found in the prefix cache.
     num_cached_tokens: int = 0
     embedding: np.ndarray | None = None
     error: str | None = field(default=None)

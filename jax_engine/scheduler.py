@@ -5,49 +5,19 @@ dispatch, one or more steps later. Sequence counters are written here and nowher
 the same calls give the same decisions.
 """
 
+import math
 from collections.abc import Sequence as AbstractSequence
-from typing import NamedTuple
 
+from jax_engine.buckets import choose_bucket, fill
 from jax_engine.config import Limits
 from jax_engine.errors import InvalidRequest
 from jax_engine.page_pool import PagePool
-from jax_engine.policies import POLICIES, WaitingQueue
+from jax_engine.policies import POLICIES
 from jax_engine.request import FinishReason
+from jax_engine.schedule import INVALID_TOKEN, PageCopy, Preemption, Row, Schedule, TokenDelta
 from jax_engine.sequence import Sequence, Status
-
-
-class Row(NamedTuple):
-    """Tokens [start, start + count) of a sequence, to be computed in one step."""
-
-    sequence: Sequence
-    start: int
-    count: int
-    samples: bool  # the row reaches the sequence's end, so its last logits give a new token
-
-
-class Schedule(NamedTuple):
-    """One step's work, rows of a single token first."""
-
-    rows: list[Row]
-    num_single: int  # rows of a single token
-    num_tokens: int
-    admitted: list[Sequence]  # sequences that were given a slot for this step
-    grown: list[tuple[Sequence, int, list[int]]]  # pages added: to whom, index of the first in its table, ids
-    preempted: list[Sequence]
-
-
-class TokenDelta(NamedTuple):
-    """A token that `commit` accepted: row `row` of the schedule gave it to `sequence`."""
-
-    sequence: Sequence
-    row: int
-    token_id: int
-
-
-#: What a step reports as the token of a row whose logits held a NaN.
-INVALID_TOKEN = -1
-#: And of a row whose constraints, taken together, allow no token.
-NO_TOKEN_ALLOWED = -2
+from jax_engine.step_time import StepTime
+from jax_engine.swap_space import SwapSpace
 
 
 class Scheduler:
@@ -55,24 +25,37 @@ class Scheduler:
     arXiv 2403.02310) over a paged KV pool (vLLM, arXiv 2309.06180).
 
     Running sequences are served before waiting ones, single tokens before prompt chunks. A sequence that needs a page
-    when none is free takes those of the policy's victim, whose tokens are computed again later.
+    when none is free takes those of a sequence that ranks behind it in the policy's order.
     """
 
     def __init__(self, limits: Limits, policy: str = "fcfs"):
         self.limits = limits
-        self.pool = PagePool(limits.num_pages, limits.page_size)
-        self._policy = POLICIES[policy]()
-        self._waiting = WaitingQueue(self._policy.key)
+        self.pool = PagePool(limits.num_pages, limits.page_size, limits.enable_prefix_caching)
+        self.swap_space = SwapSpace(limits)
+        self.step_time = StepTime(limits.token_buckets)
+        self._policy = POLICIES[policy](limits)  # the line of those who wait
         self._running: dict[Sequence, None] = {}  # in order of admission
+        self._prefilling: dict[Sequence, None] = {}  # those of them that lacked more than one token when last looked at
         self._leaving: set[Sequence] = set()  # keep slot and pages until their last step in flight is committed
+        # Of a request with several sequences, the others get in line when the prompt of the first can be shared.
+        self._followers: dict[Sequence, list[Sequence]] = {}
+        self._following: set[Sequence] = set()
+        self._last_leader: Sequence | None = None
         self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
         self._num_added = 0
+        self._num_queued_tokens = 0
+        self._dropped_tickets: list[int] = []
         self._batch_is_closed = False  # in static scheduling nobody joins a closed batch until it has ended
 
     @property
     def num_waiting(self) -> int:
         """Sequences in line."""
-        return len(self._waiting)
+        return len(self._policy) + len(self._following)
+
+    @property
+    def num_queued_tokens(self) -> int:
+        """Prompt tokens of the sequences in line."""
+        return self._num_queued_tokens
 
     @property
     def num_running(self) -> int:
@@ -82,10 +65,10 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether any sequence is unfinished."""
-        return bool(self._running) or len(self._waiting) > 0
+        return bool(self._running) or self.num_waiting > 0
 
     def add(self, sequence: Sequence) -> None:
-        """Puts a new sequence in line.
+        """Puts a new sequence in line. The sequences of one request are added one after the other.
 
         Raises:
             InvalidRequest: it could not run even alone.
@@ -99,7 +82,15 @@ class Scheduler:
         sequence.max_tokens_total = min(sequence.max_tokens_total, longest)
         sequence.order = self._num_added
         self._num_added += 1
-        self._waiting.push(sequence)
+        leader = self._last_leader
+        if sequence.index == 0:
+            self._last_leader = sequence
+        elif leader is not None and leader.request is sequence.request and self._can_lead(leader):
+            self._followers.setdefault(leader, []).append(sequence)
+            self._following.add(sequence)
+            self._num_queued_tokens += sequence.num_prompt_tokens
+            return
+        self._enqueue(sequence)
 
     def finish(self, sequence: Sequence, reason: FinishReason, stop_reason: int | str | None = None) -> None:
         """Ends a sequence; what is in flight for it will be dropped. Finishing twice changes nothing."""
@@ -108,30 +99,50 @@ class Scheduler:
         if sequence.status is Status.RUNNING:
             self._leave(sequence)
         else:
-            self._waiting.discard(sequence)
+            line = self._following if sequence in self._following else self._policy
+            line.discard(sequence)
+            self._num_queued_tokens -= sequence.num_prompt_tokens
+        self._drop_swap(sequence)
         sequence.status = Status.FINISHED
         sequence.finish_reason = reason
         sequence.stop_reason = stop_reason
+        self._let_follow(sequence)
 
-    def schedule(self) -> Schedule:
-        """Decides the next step. No rows means: nothing can be done before a step in flight is committed."""
-        work = Schedule([], 0, 0, [], [], [])
+    def schedule(self, now: float = 0.0) -> Schedule:
+        """Decides the next step. No rows means: nothing can be done before a step in flight is committed.
+
+        Args:
+            now: seconds on the clock of the requests' arrival times.
+        """
+        self._policy.tell_time(now)
+        dropped, self._dropped_tickets = self._dropped_tickets, []
+        work = Schedule([], 0, 0, None, [], [], [], [], [], dropped, now)
         chunks: list[Row] = []
         self._schedule_decodes(work)
-        budget = self.limits.max_num_batched_tokens - len(work.rows)
-        if len(work.rows) < len(self._running):
-            for sequence in self._running:
+        if self._prefilling or len(self._policy):
+            budget = self._prompt_budget(work.rows)
+            for sequence in list(self._prefilling):
                 if budget and len(sequence.token_ids) - sequence.num_computed > 1:
                     budget -= self._take(sequence, budget, work.rows, chunks)
-        self._admit(budget, work, chunks)
+                elif len(sequence.token_ids) == sequence.num_computed:
+                    del self._prefilling[sequence]
+            self._admit(budget, work, chunks)
+            # Only now, so that whoever finds these pages reads them in a later step than the one that writes them.
+            for sequence in {row.sequence: None for row in chunks} | dict.fromkeys(work.admitted):
+                self.pool.index(sequence, sequence.num_computed)
+                if sequence.num_computed >= sequence.num_prompt_tokens:
+                    self._let_follow(sequence)
         num_single = len(work.rows)
         work.rows.extend(chunks)
-        return work._replace(num_single=num_single, num_tokens=num_single + sum(row.count for row in chunks))
+        num_tokens = num_single + sum(row.count for row in chunks)
+        bucket = choose_bucket(self.limits, num_tokens, num_single, len(work.rows)) if work.rows else None
+        return work._replace(num_single=num_single, num_tokens=num_tokens, bucket=bucket)
 
     def _schedule_decodes(self, work: Schedule) -> None:
         """One token for every running sequence that lacks just one."""
         page_size = self.limits.page_size
         rows = work.rows
+        charge = self._policy.charge if self._policy.charges else None
         for sequence in list(self._running):
             start = sequence.num_computed
             num_tokens = len(sequence.token_ids) + sequence.num_pending
@@ -143,6 +154,21 @@ class Scheduler:
             sequence.num_computed = start + 1
             sequence.num_pending += 1
             sequence.num_inflight_steps += 1
+            if charge is not None:
+                charge(sequence, 0, 1)
+
+    def _prompt_budget(self, decodes: list[Row]) -> int:
+        """How many prompt tokens the step may have beside the single ones."""
+        limits, num_decodes = self.limits, len(decodes)
+        wanted = sum(len(sequence.token_ids) - sequence.num_computed for sequence in self._prefilling)
+        if self._free_slots:
+            wanted += self._num_queued_tokens
+        budget = min(wanted, limits.max_num_batched_tokens - num_decodes, limits.prefill_token_budget or wanted)
+        if limits.max_decode_gap_s is not None and num_decodes and budget > 0:
+            start = next((sequence.num_computed for sequence in self._prefilling), 0)
+            pairs = sum(row.start + 1 for row in decodes)
+            budget = self.step_time.largest(limits.max_decode_gap_s, num_decodes, budget, start, pairs)
+        return fill(limits, num_decodes, budget) if limits.fill_buckets else budget
 
     def _make_room(self, sequence: Sequence, work: Schedule) -> bool:
         """Gives a running sequence one more page, if need be at the cost of one that ranks behind it."""
@@ -151,14 +177,24 @@ class Scheduler:
         while not self.pool.num_free:
             if any(leaving.pages for leaving in self._leaving):
                 return False  # pages come back with a step in flight; no need to take anybody's
-            scheduled = {row.sequence for row in work.rows}
-            victim = self._policy.victim([other for other in self._running if other not in scheduled])
-            if self._policy.key(victim) <= self._policy.key(sequence):
+            victim = self._victim(sequence, work)
+            if victim is None:
                 return False
-            self._preempt(victim)
-            work.preempted.append(victim)
+            self._preempt(victim, sequence, work)
         self._grow(sequence, 1, work)
         return True
+
+    def _victim(self, sequence: Sequence, work: Schedule) -> Sequence | None:
+        """Who gives way to a sequence: of those ranked behind it, the least entitled, then the cheapest to bring back,
+        then the last to come. The first in rank is never a victim, so the engine always gets on."""
+        rank, level, scheduled = self._policy.rank, self._policy.level, {row.sequence for row in work.rows}
+        own = rank(sequence)
+        behind = [other for other in self._running if other not in scheduled and rank(other) > own]
+        if not behind:
+            return None
+        lowest = max(map(level, behind))
+        cost = self.swap_space.seconds_to_bring_back
+        return min((other for other in behind if level(other) == lowest), key=lambda other: (cost(other), -other.order))
 
     def _grow(self, sequence: Sequence, count: int, work: Schedule) -> None:
         first = len(sequence.pages)
@@ -171,44 +207,114 @@ class Scheduler:
         count = min(gap, budget)
         row = Row(sequence, start, count, count == gap)
         (singles if count == 1 else chunks).append(row)
+        if self._policy.charges:
+            new = min(start + count, sequence.num_prompt_tokens) - max(start, sequence.num_reached)
+            self._policy.charge(sequence, max(0, new), int(row.samples))
         sequence.num_computed = start + count
+        sequence.num_reached = max(sequence.num_reached, sequence.num_computed)
         sequence.num_pending += row.samples
         sequence.num_inflight_steps += 1
+        if row.samples:
+            self._prefilling.pop(sequence, None)
         return count
 
     def _admit(self, budget: int, work: Schedule, chunks: list[Row]) -> None:
         """Lets waiting sequences join, in the policy's order, while slots, pages and budget last."""
-        if self.limits.scheduling == "static" and self._batch_is_closed and self._running:
-            return
-        while budget and self._free_slots and (sequence := self._waiting.peek()) is not None:
-            if sequence in self._leaving:
-                break  # preempted with steps in flight: its last tokens are not known yet
-            # All pages of what is known are taken at once, so a prefill never stalls half-way; one page for each
-            # running sequence stays free, so that joining does not at once lead to preemption.
-            pages = self.pool.pages_for(len(sequence.token_ids))
-            reserve = len(self._running)
-            if pages + reserve > self.pool.num_free:
+        if work.preempted or (self.limits.scheduling == "static" and self._batch_is_closed and self._running):
+            return  # who gave way in this step is not to come back in it
+        no_room = False
+        most = self.limits.max_concurrent_prefills or self.limits.max_num_seqs
+        while budget > 0 and self._free_slots and len(self._prefilling) < most:
+            sequence = self._policy.peek()
+            if sequence is None:
                 break
-            self._waiting.pop()
+            # Preempted with steps in flight: its last tokens are not known yet. Or: its pages are not to be had.
+            if sequence in self._leaving or not self._give_pages(sequence, work):
+                no_room = True
+                break
+            self._policy.pop()
+            self._num_queued_tokens -= sequence.num_prompt_tokens
             sequence.status = Status.RUNNING
             sequence.slot = self._free_slots.pop()
             self._running[sequence] = None
+            self._prefilling[sequence] = None
             work.admitted.append(sequence)
-            self._grow(sequence, pages, work)
             budget -= self._take(sequence, budget, work.rows, chunks)
         # A static batch stays open only while nothing but the budget of one step keeps others from joining.
-        self._batch_is_closed = budget > 0 or not self._free_slots or not self._waiting
+        self._batch_is_closed = no_room or not self._free_slots or not len(self._policy)
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _give_pages(self, sequence: Sequence, work: Schedule) -> bool:
+        """Gives a waiting sequence pages for all its tokens, if there are enough, and says what of it is computed.
+
+        All pages of what is known are taken at once, so a prefill never stalls half-way; one page for each running
+        sequence stays free, so that joining does not at once lead to preemption.
+        """
+        pool, reserve = self.pool, len(self._running)
+        if pool.num_free <= reserve:
+            return False
+        # At least one token is computed, for its logits; and every prompt token once that is to be judged.
+        most = len(sequence.token_ids) - 1
+        found = pool.match(sequence, min(most, sequence.num_reached) if sequence.scores_prompt else most)
+        num_new = pool.pages_for(len(sequence.token_ids)) - len(found)
+        if num_new + pool.num_free_among(found) + reserve > pool.num_free:
+            return False
+        pool.share(sequence, found)
+        sequence.num_computed = len(found) * self.limits.page_size
+        if sequence.num_cached is None:
+            sequence.num_cached = sequence.num_computed
+        new = pool.grow(sequence, num_new)
+        work.grown.append((sequence, 0, list(sequence.pages)))
+        if sequence.swap is not None:
+            if sequence.num_swapped > sequence.num_computed:
+                num_kept = pool.pages_for(sequence.num_swapped) - len(found)
+                work.swapped_in.append(PageCopy(sequence.swap, len(found), new[:num_kept]))
+                sequence.num_computed = sequence.num_swapped
+            self._drop_swap(sequence)
+        return True
+
+    def _preempt(self, sequence: Sequence, beneficiary: Sequence, work: Schedule) -> None:
+        space = self.swap_space
+        way = "swap" if space.prefers_swap(sequence) else "recompute"
+        swap_seconds = space.seconds_to_swap(sequence)
+        prices = (space.seconds_to_recompute(sequence), swap_seconds if math.isfinite(swap_seconds) else None)
+        work.preempted.append(Preemption(sequence, beneficiary, way, sequence.num_computed, *prices))
+        if way == "swap":
+            sequence.swap, pages = space.take(sequence)
+            sequence.num_swapped = sequence.num_computed
+            work.swapped_out.append(PageCopy(sequence.swap, 0, pages))
         self._leave(sequence)
         sequence.status = Status.WAITING
         sequence.num_computed = 0
         sequence.num_preemptions += 1
-        self._waiting.push(sequence)
+        self._enqueue(sequence)
+        self._let_follow(sequence)
+
+    def _drop_swap(self, sequence: Sequence) -> None:
+        if sequence.swap is not None:
+            self.swap_space.give_back(sequence.swap)
+            self._dropped_tickets.append(sequence.swap)
+            sequence.swap = None
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        self._policy.push(sequence)
+        self._num_queued_tokens += sequence.num_prompt_tokens
+
+    def _can_lead(self, sequence: Sequence) -> bool:
+        """Whether waiting for the sequence's prompt saves others of its request from computing it too."""
+        shares = self.pool.caching and sequence.num_prompt_tokens > self.limits.page_size
+        return shares and sequence.status is Status.WAITING and self.limits.scheduling != "static"
+
+    def _let_follow(self, leader: Sequence) -> None:
+        """Lets those get in line who waited for a sequence."""
+        for sequence in self._followers.pop(leader, ()):
+            if sequence in self._following:
+                self._following.remove(sequence)
+                self._policy.push(sequence)
 
     def _leave(self, sequence: Sequence) -> None:
         """Takes a sequence out of the running ones; it keeps slot and pages while a step in flight writes to them."""
         del self._running[sequence]
+        self._prefilling.pop(sequence, None)
         if sequence.num_inflight_steps:
             self._leaving.add(sequence)
         else:
@@ -219,20 +325,29 @@ class Scheduler:
         self._free_slots.append(sequence.slot)
         sequence.slot = -1
 
-    def commit(self, schedule: Schedule, tokens: AbstractSequence[int]) -> list[TokenDelta]:
+    def commit(
+        self, schedule: Schedule, tokens: AbstractSequence[int], seconds: float | None = None
+    ) -> list[TokenDelta]:
         """Takes in the result of the oldest step in flight.
 
         Args:
             schedule: what was dispatched.
             tokens: one per row; read only where the row samples.
+            seconds: how long the step took, where it was measured.
 
         Returns:
             The tokens that were accepted. Those of sequences that had ended meanwhile are dropped.
         """
+        if seconds is not None and self.limits.max_decode_gap_s is not None:
+            self._learn(schedule, seconds)
+        page_size = self.limits.page_size
         deltas = []
         for index, row in enumerate(schedule.rows):
             sequence = row.sequence
             sequence.num_inflight_steps -= 1
+            if not (row.start + row.count) % page_size and tokens[index] != INVALID_TOKEN:
+                # A finished sequence may have surplus steps; what they wrote stands for no known token.
+                self.pool.index(sequence, min(row.start + row.count, len(sequence.token_ids)))
             if row.samples:
                 sequence.num_pending -= 1
                 if sequence.status is not Status.FINISHED:
@@ -245,6 +360,8 @@ class Scheduler:
 
     def _append(self, sequence: Sequence, token: int) -> None:
         if token < 0:
+            if token == INVALID_TOKEN:
+                self.pool.forget(sequence)
             self.finish(sequence, FinishReason.ERROR)
             return
         sequence.token_ids.append(token)
@@ -254,10 +371,23 @@ class Scheduler:
         elif len(sequence.token_ids) >= sequence.max_tokens_total:
             self.finish(sequence, FinishReason.LENGTH)
 
+    def _learn(self, schedule: Schedule, seconds: float) -> None:
+        bucket = schedule.bucket
+        if bucket is not None and not bucket.decode_only:
+            pairs = sum(row.count * (row.start + row.count) for row in schedule.rows)
+            self.step_time.learn(bucket.num_tokens, pairs, seconds)
+
     def check(self) -> None:
         """Asserts the invariants; for tests, after any call."""
         holders = [*self._running, *self._leaving]
         self.pool.check(holders)
+        known = {*holders, *self._policy, *self._following}
+        self.swap_space.check({sequence.swap for sequence in known if sequence.swap is not None})
+        waiting = [sequence for sequence in known if sequence.status is Status.WAITING]
+        assert len(waiting) == self.num_waiting
+        assert sum(sequence.num_prompt_tokens for sequence in waiting) == self._num_queued_tokens
+        assert self._following == {sequence for group in self._followers.values() for sequence in group} & known
+        assert self._prefilling.keys() <= self._running.keys() and self._followers.keys() <= known
         slots = [sequence.slot for sequence in holders]
         assert sorted(slots + self._free_slots) == list(range(self.limits.max_num_seqs)), "slots lost or given twice"
         for sequence in holders:

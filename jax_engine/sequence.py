@@ -39,8 +39,13 @@ class Sequence:
         num_pending: sampled tokens that are dispatched but not yet read back.
         num_inflight_steps: dispatched, uncommitted steps with a row of this sequence; while there are any, its pages
             and slot stay its own.
+        num_reached: most tokens that were ever computed; what lies below has been computed at least once.
+        num_cached: prompt tokens that were found in the cache when the sequence first got a slot; None before.
+        swap: where in the host's swap space its first num_swapped tokens are kept; None: nowhere.
     Written by the page pool:
         pages: ids of the pages that hold positions [0, len(pages) * page_size).
+        num_indexed: how many of them, from the first on, were offered to the index; these are never written again.
+        digests: what the pool computes once about the tokens.
     """
 
     request: Request
@@ -56,10 +61,16 @@ class Sequence:
     num_computed: int = 0
     num_pending: int = 0
     num_inflight_steps: int = 0
+    num_reached: int = 0
+    num_cached: int | None = None
+    swap: int | None = None
+    num_swapped: int = 0
     num_preemptions: int = 0
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     pages: list[int] = field(default_factory=list)
+    num_indexed: int = 0
+    digests: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
@@ -69,6 +80,11 @@ class Sequence:
     def num_tokens(self) -> int:
         """Tokens that exist, those not yet read back included."""
         return len(self.token_ids) + self.num_pending
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the prompt's log-probabilities are taken from this sequence; the first of a request does it."""
+        return self.index == 0 and self.request.sampling_params.prompt_logprobs is not None
 
     @property
     def num_output_tokens(self) -> int:

@@ -4,13 +4,13 @@ model_runner.py compiles it once per bucket, with the cache donated. Where a row
 choice of tokens to `sample_step`, which is dispatched when the mask is known. Nothing here waits or reads back.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jax_engine.batch import FLOAT_FIELDS, INT_FIELDS, Adjustments, BatchLayout
 from jax_engine.constraints import Constraints
@@ -62,6 +62,8 @@ def step(
     model = nnx.merge(graph, weights)
     parts = layout.unpack(packed)
     num_single, features = parts["scalars"]
+    ended = ended_rows(parts, cache.last_tokens)
+    parts["starts"] = jnp.where(ended, 0, parts["starts"])  # so that there is one key to attend to
     query_starts = parts["query_starts"]
     lengths = parts["starts"] + query_starts[1:] - query_starts[:-1]
     plan = attention_op.plan(
@@ -73,6 +75,8 @@ def step(
         device=device,
         keys_only=model.config.mla is not None,
     )
+    # An ended row stands at position 0, which holds something else; it must write nothing.
+    plan = replace(plan, slots=jnp.where(ended[plan.rows], -1, plan.slots))
     ids = parts["token_ids"]
     ids = jnp.where(ids >= 0, ids, cache.last_tokens[jnp.maximum(-1 - ids, 0)])
     places = jnp.where(plan.slots >= 0, plan.slots, cache.token_ids.size)  # past the end: dropped
@@ -85,7 +89,8 @@ def step(
     logits = model.logits(last_hidden)
     sampled = sample(logits, _sampling_inputs(parts, token_ids, page_size, adjustments, constraints))
     prompt = prompt_logprobs(hidden, model.logits, prompt_targets, (features & Feature.PROMPT_LOGPROBS) != 0)
-    last_tokens = cache.last_tokens.at[parts["slots"]].set(sampled.tokens)
+    tokens = jnp.where(ended, cache.last_tokens[parts["slots"]], sampled.tokens)  # what ended a row stays its last
+    last_tokens = cache.last_tokens.at[parts["slots"]].set(tokens)
     return KVCache(pool, token_ids, last_tokens), StepOutput(sampled, logits, last_hidden.astype(jnp.float32), prompt)
 
 
@@ -110,6 +115,16 @@ def sample_step(
     parts = layout.unpack(packed)
     sampled = sample(logits, _sampling_inputs(parts, token_ids, page_size, adjustments, constraints))
     return last_tokens.at[parts["slots"]].set(sampled.tokens), sampled
+
+
+def ended_rows(parts: dict[str, Array], last_tokens: Int[Array, " slots"]) -> Bool[Array, " B"]:
+    """Rows whose sequence has ended, which the host will learn only later: the token they are to compute, sampled by a
+    step before, is one that ends them, or came of logits with a NaN. What such a row gives is dropped."""
+    first = parts["token_ids"][jnp.minimum(parts["query_starts"][:-1], parts["token_ids"].size - 1)]
+    last = last_tokens[jnp.maximum(-1 - first, 0)]
+    stops = (last == parts["stop_ids"]).any(axis=0)
+    is_row = parts["query_starts"][1:] > parts["query_starts"][:-1]
+    return is_row & (first < 0) & (stops | (last < 0))
 
 
 def _sampling_inputs(

@@ -22,11 +22,12 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from jax_engine.batch import Bucket
+from jax_engine.buckets import Bucket
 from jax_engine.config import EngineConfig, Limits
 from jax_engine.errors import ConfigError
 from jax_engine.request import FinishReason, Request
-from jax_engine.scheduler import Schedule, Scheduler
+from jax_engine.schedule import Schedule
+from jax_engine.scheduler import Scheduler
 from jax_engine.sequence import Sequence
 
 _log = logging.getLogger(__name__)
@@ -110,6 +111,7 @@ class Done(msgspec.Struct, tag="done"):
         device: seconds of device time, exact or an upper bound (see the module).
         wait: seconds the host waited. commit: seconds of taking it in.
         tokens: one per row; only in a file.
+        seconds: how long the scheduler was told that the step took.
     """
 
     number: int
@@ -119,6 +121,7 @@ class Done(msgspec.Struct, tag="done"):
     wait: float
     commit: float
     tokens: list[int] = []
+    seconds: float | None = None
 
 
 Event = Header | Added | Ended | Step | Done
@@ -222,12 +225,13 @@ class StepLog:
             self._dispatched.append((self._number, ended))
             self._number += 1
 
-    def committed(self, tokens: list[int], waited: bool) -> None:
+    def committed(self, tokens: list[int], waited: bool, seconds: float | None = None) -> None:
         """Notes that the scheduler has taken in the result of the oldest step in flight.
 
         Args:
             tokens: one per row.
             waited: the result was not there yet when it was asked for.
+            seconds: how long the scheduler was told that the step took.
         """
         if self._is_off:
             return
@@ -236,7 +240,8 @@ class StepLog:
         # What the host cannot see is when a step ended that was ready before anybody asked.
         exact = waited and (self._ready_is_exact or dispatched >= self._ready)
         device = ready - max(dispatched, self._ready)
-        self._turn.append(Done(number, ready, device, exact, ready - began, 0.0, [] if self._file is None else tokens))
+        tokens = [] if self._file is None else tokens
+        self._turn.append(Done(number, ready, device, exact, ready - began, 0.0, tokens, seconds))
         self._ready, self._ready_is_exact = ready, waited
 
     def end_turn(self, idle: bool) -> None:

@@ -62,7 +62,7 @@ async def prepare(state: ServerState, body: ChatRequest, request_id: str, num_by
         )
     prompt = await _render(state, body, num_bytes)
     params = await off_loop(lambda: _sampling_params(state, body, prompt), num_bytes)
-    return Chat(body, prompt.text or "", Job(state, request_id, [prompt], params, body.priority or 0))
+    return Chat(body, prompt.text or "", Job(state, request_id, [prompt], params, **body.scheduling()))
 
 
 async def _render(state: ServerState, body: ChatRequest, num_bytes: int) -> Prompt:

@@ -38,6 +38,9 @@ class Job:
     prompts: Sequence[Prompt]
     params: SamplingParams
     priority: int = 0
+    user: str | None = None
+    slo_class: str | None = None
+    cache_salt: str | None = None
 
     def __post_init__(self) -> None:
         if self.params.truncate_prompt_tokens is not None:
@@ -76,7 +79,13 @@ class Job:
     async def _one(self, index: int) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         request_id = self.request_id if len(self.prompts) == 1 else f"{self.request_id}-{index}"
         stream = self.state.engine.generate(
-            self.prompts[index].token_ids, self.params, request_id, priority=self.priority
+            self.prompts[index].token_ids,
+            self.params,
+            request_id,
+            priority=self.priority,
+            user=self.user,
+            slo_class=self.slo_class,
+            cache_salt=self.cache_salt,
         )
         self.state.live.add(request_id)
         try:

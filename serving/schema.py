@@ -116,6 +116,16 @@ class GenerationRequest(Body, kw_only=True):
     response_format: ResponseFormat | None = None
     cache_salt: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
     user: Annotated[str, Meta(max_length=512)] | None = None
+    slo_class: Annotated[str, Meta(max_length=512)] | None = None
+
+    def scheduling(self) -> dict[str, Any]:
+        """What decides when the request is served and whose cached prefixes it may use, as fields of generation.Job."""
+        return {
+            "priority": self.priority or 0,
+            "user": self.user,
+            "slo_class": self.slo_class,
+            "cache_salt": self.cache_salt,
+        }
 
     def check(self) -> None:
         """Refuses fields that contradict each other.

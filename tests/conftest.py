@@ -54,11 +54,12 @@ class Modes:
         self.runner = ModelRunner(self.config, open_checkpoint(self.config.model))
         self.limits = self.runner.limits
 
-    def engine(self, scheduling: str = "async", depth: int = 2, **limits) -> Engine:
+    def engine(self, scheduling: str = "async", depth: int = 2, config: EngineConfig | None = None, **limits) -> Engine:
         """An engine with the runner's compiled steps; its cache holds whatever the engine before left there."""
         depth = depth if scheduling == "async" else 1
         self.runner.limits = dataclasses.replace(self.limits, scheduling=scheduling, max_inflight_steps=depth, **limits)
-        return Engine(self.runner, ByteTokenizer(), vocab_size=320, eos_token_ids=[257], config=self.config)
+        config = config or self.config
+        return Engine(self.runner, ByteTokenizer(), vocab_size=320, eos_token_ids=[257], config=config)
 
 
 @pytest.fixture(scope="session")

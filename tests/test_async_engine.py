@@ -117,15 +117,43 @@ async def test_bad_requests_fail_before_any_output(engine):
     assert engine.num_requests == 0
 
 
-async def test_the_queue_is_bounded(one_bucket):
-    config = dataclasses.replace(one_bucket.config, max_queued_requests=1)
-    engine = AsyncEngine(config, one_bucket.engine("async"))
-    stream = engine.generate(PROMPT, params(max_tokens=100))
-    await anext(stream)
-    with pytest.raises(QueueFull) as refused:
+def with_one_slot(engine):
+    """So that a second request has to wait."""
+    del engine.scheduler._free_slots[1:]
+    return engine
+
+
+async def refused(engine: AsyncEngine) -> QueueFull:
+    with pytest.raises(QueueFull) as caught:
         await anext(engine.generate(PROMPT, params()))
-    assert refused.value.retry_after > 0
-    await stream.aclose()
+    return caught.value
+
+
+@pytest.mark.parametrize("bound", [{"max_queued_requests": 2}, {"max_queued_tokens": 2 * len(PROMPT)}])
+async def test_the_queue_is_bounded(one_bucket, bound):
+    config = dataclasses.replace(one_bucket.config, **bound)
+    engine = AsyncEngine(config, with_one_slot(one_bucket.engine("async", config=config)))
+    running = engine.generate(PROMPT, params(max_tokens=100))
+    await anext(running)
+    waiting = [asyncio.create_task(collect(engine)) for _ in range(2)]
+    await until(lambda: engine._engine.num_requests == 3)
+    assert (await refused(engine)).retry_after > 0
+    await running.aclose()
+    assert all(await asyncio.gather(*waiting))
+    assert await collect(engine), "there is room again"
+    await all_pages_back(engine)
+    engine.shutdown()
+
+
+async def test_who_waits_too_long_is_refused(one_bucket):
+    config = dataclasses.replace(one_bucket.config, queue_timeout_s=0.02)
+    engine = AsyncEngine(config, with_one_slot(one_bucket.engine("async", config=config)))
+    running = engine.generate(PROMPT, params(max_tokens=120))
+    await anext(running)
+    error = await refused(engine)
+    assert "0.02 s" in str(error) and error.retry_after >= 1
+    await running.aclose()
+    assert await collect(engine)
     await all_pages_back(engine)
     engine.shutdown()
 

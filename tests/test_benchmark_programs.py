@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import hf_static, offline, scheduler_host, workload
+from benchmarks import hf_static, offline, scheduler_host, scheduling, virtual_device, workload
 from jax_engine import ConfigError, EngineConfig, SamplingParams
 from jax_engine.config import resolve
 from jax_engine.engine import Engine
@@ -122,10 +122,14 @@ def test_ratios_pair_the_rounds() -> None:
 
 def test_scheduler_host_measures_every_case(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
-    argv = ["x", "--running=2,5", "--steps=10", "--prompt=20", "--output=8", f"--out={out}"]
+    argv = ["x", "--running=2,5", "--waiting=0,9", "--steps=10", "--prompt=20", "--output=8", f"--out={out}"]
     assert scheduler_host.main(argv) == 0
     results = json.loads(out.read_text())["us_per_turn"]
-    assert {kind: list(cases) for kind, cases in results.items()} == {"steady": ["2", "5"], "churn": ["2", "5"]}
+    assert {kind: list(cases) for kind, cases in results.items()} == {
+        "steady": ["2", "5"],
+        "churn": ["2", "5"],
+        "waiting": ["0, fcfs", "9, fcfs", "9, priority", "9, fair", "9, slo"],
+    }
     assert results["steady"]["5"]["total"]["p50"] > 0
 
 
@@ -138,13 +142,26 @@ def test_steady_load_only_decodes() -> None:
     assert load.engine.metrics.snapshot()["tokens_by_kind"] == {"prompt": 0, "decode": 3}
 
 
+def test_the_virtual_device_overlaps_steps_with_the_host() -> None:
+    arrivals = [virtual_device.Arrival(1.0, [5] * 20, 101) for _ in range(4)]
+    sync, _ = virtual_device.serve(arrivals, scheduling="sync")
+    overlapped, engine = virtual_device.serve(arrivals)
+    assert [len(entry.token_times) for entry in overlapped] == [101] * 4
+    assert all(entry.ttft > virtual_device.WEIGHTS_S * 0.8 for entry in overlapped)
+    # A hundred steps of the weights' time each, and the host's on top where it waits for every one.
+    saved = sync[0].token_times[-1] - overlapped[0].token_times[-1]
+    assert 0.5 < saved / (100 * virtual_device.HOST_S) < 1.5
+    assert engine.metrics.steps.total() == 101
+    assert scheduling.shown("x", {"a": scheduling.latencies(overlapped)}).count("ttft_ms") == 3
+
+
 def test_static_batch_needs_one_length() -> None:
     assert hf_static.uniform_lengths(workload.load("cpu8")) == (64, 64)
     with pytest.raises(ConfigError, match="different lengths"):
         hf_static.uniform_lengths(workload.load("skewed"))
 
 
-@pytest.mark.parametrize("main", [offline.main, scheduler_host.main, hf_static.main])
+@pytest.mark.parametrize("main", [offline.main, scheduler_host.main, scheduling.main, hf_static.main])
 def test_help_and_unknown_flags(main, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["x", "--help"]) == 0
     assert "--out" in capsys.readouterr().out

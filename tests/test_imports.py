@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("jax_engine", "pallas_kernels", "checkpoints", "serving")
 
-#: The only files that put data on a device.
-UPLOADERS = {"jax_engine/model_runner.py", "checkpoints/loader.py"}
+#: The only files that put data on a device. page_store.py moves it between device and host memory inside its program.
+UPLOADERS = {"jax_engine/model_runner.py", "jax_engine/page_store.py", "checkpoints/loader.py"}
 #: The only function that reads results back, and so the only wait of the engine's loop.
 READ_BACK = ("jax_engine/model_runner.py", "StepHandle.result")
 #: May wait for its own uploads, so that host copies of weights do not pile up.

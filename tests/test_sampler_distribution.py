@@ -44,6 +44,8 @@ def draw(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
         adjust_ids=jnp.full((DRAWS, 1), -1, jnp.int32),
         adjust_values=jnp.zeros((DRAWS, 1)),
         adjust_until=jnp.zeros((DRAWS, 1), jnp.int32),
+        bans=jnp.full((DRAWS, 1, 4), -1, jnp.int32),
+        mask=jnp.full((DRAWS, -(-LOGITS.size // 32)), -1, jnp.int32),
         features=jnp.int32(Feature.RANDOM | Feature.TRUNCATE),
     )
     return np.asarray(_draw(inputs))

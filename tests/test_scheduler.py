@@ -5,70 +5,14 @@ import random
 
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from jax_engine.config import EngineConfig, Limits
-from jax_engine.engine import Engine
 from jax_engine.errors import InvalidRequest
 from jax_engine.page_pool import PagePool
-from jax_engine.request import FinishReason, Request, RequestOutput
+from jax_engine.request import FinishReason
 from jax_engine.sampling_params import RequestOutputKind, SamplingParams
 from jax_engine.scheduler import Scheduler
-from jax_engine.sequence import Sequence, Status
-from jax_engine.testing.fake_runner import FakeRunner, next_token
-
-VOCAB = 23
-EOS = 3
-
-
-def make_limits(**changes) -> Limits:
-    values = {
-        "max_model_len": 64,
-        "max_num_seqs": 4,
-        "max_num_batched_tokens": 16,
-        "page_size": 4,
-        "num_pages": 24,
-        "scheduling": "async",
-        "max_inflight_steps": 2,
-        "token_buckets": (8, 16),
-        "decode_buckets": (1, 2, 4),
-    }
-    return Limits(**(values | changes))
-
-
-def make_engine(limits: Limits, policy: str = "fcfs") -> Engine:
-    runner = FakeRunner(limits, VOCAB)
-    config = EngineConfig(policy=policy)
-    return Engine(runner, None, vocab_size=VOCAB, eos_token_ids=[EOS], config=config)
-
-
-def make_sequence(prompt_len: int, max_tokens: int, stop: bool = True) -> Sequence:
-    params = SamplingParams(temperature=0, max_tokens=max_tokens)
-    request = Request(request_id="r", prompt_token_ids=tuple(range(prompt_len)), sampling_params=params)
-    return Sequence(request, 0, prompt_len + max_tokens, frozenset({EOS} if stop else ()), 0)
-
-
-def expected(prompt: list[int], max_tokens: int, limit: int, ignore_eos: bool = False) -> list[int]:
-    tokens = list(prompt)
-    while len(tokens) < min(len(prompt) + max_tokens, limit):
-        tokens.append(next_token(tokens, VOCAB))
-        if tokens[-1] == EOS and not ignore_eos:
-            break
-    return tokens[len(prompt) :]
-
-
-def run(engine: Engine) -> dict[str, RequestOutput]:
-    outputs = {}
-    for _ in range(100_000):
-        if not engine.has_work:
-            break
-        for output in engine.step():
-            outputs[output.request_id] = output
-        engine.scheduler.check()
-    assert not engine.has_work, "the engine did not come to an end"
-    assert engine.scheduler.pool.num_free == engine.limits.num_pages, "pages are missing from an idle engine"
-    return outputs
-
+from jax_engine.sequence import Status
+from tests.scheduling import EOS, VOCAB, expected, make_engine, make_limits, make_sequence, run
 
 requests_strategy = st.lists(
     st.tuples(
@@ -90,7 +34,7 @@ requests_strategy = st.lists(
     depth=st.integers(1, 4),
     num_pages=st.integers(16, 40),
     budget=st.integers(4, 16),
-    policy=st.sampled_from(["fcfs", "priority"]),
+    policy=st.sampled_from(["fcfs", "priority", "fair", "slo"]),
     one_bucket=st.booleans(),
 )
 def test_tokens_are_those_of_each_request_alone(requests, scheduling, depth, num_pages, budget, policy, one_bucket):
@@ -149,84 +93,6 @@ def test_arrivals_and_aborts_at_any_time(requests, depth, seed):
             got = outputs.get((str(number), index), [])
             assert got == want[: len(got)]
             assert str(number) in aborted or got == want
-
-
-class SchedulerMachine(RuleBasedStateMachine):
-    """Any order of add, schedule, commit and finish, with every invariant checked after each."""
-
-    @initialize(depth=st.integers(1, 4), num_pages=st.integers(16, 32), static=st.booleans())
-    def start(self, depth, num_pages, static):
-        self.limits = make_limits(
-            max_inflight_steps=depth, num_pages=num_pages, scheduling="static" if static else "async"
-        )
-        self.scheduler = Scheduler(self.limits)
-        self.flight = []
-        self.sequences = []
-
-    @rule(prompt_len=st.integers(1, 60), max_tokens=st.integers(1, 20))
-    def add(self, prompt_len, max_tokens):
-        sequence = make_sequence(prompt_len, max_tokens)
-        self.scheduler.add(sequence)
-        self.sequences.append(sequence)
-
-    @precondition(lambda self: len(self.flight) < self.limits.max_inflight_steps)
-    @rule()
-    def schedule(self):
-        schedule = self.scheduler.schedule()
-        assert schedule.num_tokens <= self.limits.max_num_batched_tokens
-        assert len(schedule.rows) <= self.limits.max_num_seqs
-        assert len({row.sequence for row in schedule.rows}) == len(schedule.rows), "a sequence twice in one step"
-        assert [row.count == 1 for row in schedule.rows] == [True] * schedule.num_single + [False] * (
-            len(schedule.rows) - schedule.num_single
-        )
-        written = set()
-        for sequence, start, count, _ in schedule.rows:
-            pages = {(sequence.pages[p // self.limits.page_size], p % 4) for p in range(start, start + count)}
-            assert not written & pages, "a place written by two rows"
-            written |= pages
-        if schedule.rows:
-            self.flight.append(schedule)
-        elif not self.flight:
-            assert not self.scheduler.has_work, "work, but nothing scheduled and nothing in flight"
-
-    @precondition(lambda self: self.flight)
-    @rule(data=st.data())
-    def commit(self, data):
-        schedule = self.flight.pop(0)
-        tokens = [data.draw(st.sampled_from([1, 2, EOS, -1])) for _ in schedule.rows]
-        for delta in self.scheduler.commit(schedule, tokens):
-            assert schedule.rows[delta.row].sequence is delta.sequence
-
-    @precondition(lambda self: any(s.status is not Status.FINISHED for s in self.sequences))
-    @rule(data=st.data())
-    def abort(self, data):
-        alive = [sequence for sequence in self.sequences if sequence.status is not Status.FINISHED]
-        self.scheduler.finish(data.draw(st.sampled_from(alive)), FinishReason.ABORT)
-
-    @invariant()
-    def invariants(self):
-        if hasattr(self, "scheduler"):
-            self.scheduler.check()
-
-    def teardown(self):
-        if not hasattr(self, "scheduler"):
-            return
-        for _ in range(10_000):
-            if len(self.flight) < self.limits.max_inflight_steps:
-                schedule = self.scheduler.schedule()
-                if schedule.rows:
-                    self.flight.append(schedule)
-            if not self.flight:
-                break
-            schedule = self.flight.pop(0)
-            self.scheduler.commit(schedule, [1] * len(schedule.rows))
-            self.scheduler.check()
-        assert not self.scheduler.has_work
-        assert self.scheduler.pool.num_free == self.limits.num_pages
-
-
-TestSchedulerMachine = SchedulerMachine.TestCase
-TestSchedulerMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
 def test_static_admits_nobody_until_the_batch_has_ended():

@@ -76,6 +76,16 @@ async def test_every_sampling_field_reaches_the_engine():
     assert params.output_kind is RequestOutputKind.FINAL_ONLY
 
 
+async def test_what_the_scheduler_goes_by_reaches_the_engine():
+    engine = FakeAsyncEngine()
+    await post(engine, {"prompt": "x", "user": "ann", "slo_class": "fast", "cache_salt": "s"})
+    await post(engine, {"prompt": "x"})
+    assert engine.scheduling == [
+        {"user": "ann", "slo_class": "fast", "cache_salt": "s"},
+        {"user": None, "slo_class": None, "cache_salt": None},
+    ]
+
+
 async def test_harmless_openai_fields_are_accepted():
     body = {"prompt": "x", "user": "me", "store": True, "metadata": {"a": "b"}, "service_tier": "auto", "best_of": 2}
     assert len((await post(FakeAsyncEngine(), body | {"n": 2}))["choices"]) == 2

@@ -29,7 +29,7 @@ MODEL = ModelConfig(
     head_dim=1,
     max_position_embeddings=256,
 )
-OPTIONS = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "token_buckets": (16, 32), "page_size": 4, "num_pages": 40}
+OPTIONS = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "token_buckets": (16, 32), "page_size": 4, "num_pages": 28}
 
 
 class Clock:
@@ -122,7 +122,7 @@ def altered(path, change) -> str:
         ("number of rows", lambda line: line["decision"]["rows"].append([99, 0, 1, True])),
         ("free_pages", lambda line: line.__setitem__("free_pages", 1000)),
         ("number of preempted", lambda line: line["decision"]["preempted"].append(0)),
-        ("bucket", lambda line: line.__setitem__("bucket", [32, 4, True])),
+        ("bucket", lambda line: line["decision"].__setitem__("bucket", [48, 4, True])),
     ],
 )
 def test_an_altered_log_is_found_at_its_step(tmp_path, capsys, field, change):

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from jax_engine.batch import Bucket, StepResult, choose_bucket
+from jax_engine.batch import StepResult
+from jax_engine.buckets import Bucket
 from jax_engine.config import EngineConfig, Limits, resolve
 from jax_engine.engine import Engine
 from jax_engine.errors import ConfigError
@@ -20,7 +21,7 @@ from jax_engine.model_config import ModelConfig
 from jax_engine.planning.cost_model import CostModel, Work
 from jax_engine.planning.trace import TraceRequest, prompts
 from jax_engine.planning.traffic import STOP_TOKEN, Figures, Seen, drive, figures
-from jax_engine.scheduler import Schedule
+from jax_engine.schedule import Schedule
 from jax_engine.step_log import StepLog
 
 _PLAIN_TOKEN = 1
@@ -61,15 +62,15 @@ class VirtualBuilder:
     """
 
     def __init__(self, limits: Limits, cost: CostModel, clock: VirtualClock, lengths: dict[str, int]):
-        self._limits, self._cost, self._clock, self._lengths = limits, cost, clock, lengths
+        self._cost, self._clock, self._lengths = cost, clock, lengths
 
     def build(self, schedule: Schedule) -> VirtualBatch:
         """The step's size; takes the time of scheduling and building."""
         rows = schedule.rows
         host = self._cost.host
         self._clock.advance(host["schedule"].seconds(len(rows)) + host["build"].seconds(len(rows)))
-        bucket = choose_bucket(self._limits, schedule.num_tokens, schedule.num_single, len(rows))
-        return VirtualBatch(bucket, Work.of(rows), [self._token(row) for row in rows])
+        assert schedule.bucket is not None
+        return VirtualBatch(schedule.bucket, Work.of(rows), [self._token(row) for row in rows])
 
     def _token(self, row: Any) -> int:
         sequence = row[0]
@@ -122,6 +123,13 @@ class VirtualDevice:
         self.slots += batch.bucket.num_tokens
         self.padding += batch.bucket.num_tokens - batch.work.tokens
         return VirtualHandle(self, self._clock, self._free_at, batch.tokens)
+
+    def copy_pages(self, schedule: Schedule) -> None:
+        """Books the copies of a schedule, at what the measured engine's cost."""
+        pages = sum(len(copy.pages) for copy in (*schedule.swapped_out, *schedule.swapped_in))
+        seconds = pages * self.limits.swap_page_seconds
+        self._free_at = max(self._free_at, self._clock.now) + seconds
+        self.busy += seconds
 
     def sample(self, handle: VirtualHandle, batch: Any, mask: Any) -> None:
         """Never called: no batch here is deferred."""

@@ -84,6 +84,7 @@ class FakeAsyncEngine:
         self.turn_seconds = 0.0
         self.num_aborted = self.max_live = 0
         self.submitted: list[tuple[str, list[int], SamplingParams, int]] = []
+        self.scheduling: list[dict[str, str | None]] = []  # the other arguments of each
         self._live: dict[str, _Live] = {}
         self._draining = False
         self._ids = itertools.count()
@@ -117,12 +118,16 @@ class FakeAsyncEngine:
         request_id: str | None = None,
         *,
         priority: int = 0,
+        user: str | None = None,
+        slo_class: str | None = None,
+        cache_salt: str | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """See AsyncEngine.generate."""
         ids = _BYTES.encode(prompt) if isinstance(prompt, str) else list(prompt)
         self._admit(ids, sampling_params)
         request_id = request_id or f"fake-{next(self._ids)}"
         self.submitted.append((request_id, ids, sampling_params, priority))
+        self.scheduling.append({"user": user, "slo_class": slo_class, "cache_salt": cache_salt})
         self._live[request_id] = live = _Live(ids, sampling_params)
         self.max_live = max(self.max_live, len(self._live))
         finished = False

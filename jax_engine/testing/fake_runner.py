@@ -8,9 +8,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jax_engine.batch import Batch, BatchLayout, Bucket, StepResult
+from jax_engine.batch import Batch, BatchLayout, StepResult
+from jax_engine.buckets import Bucket
 from jax_engine.config import Limits
 from jax_engine.features import Feature
+from jax_engine.schedule import Schedule
 
 #: What stands in a place of the pool that nothing was written to.
 _UNWRITTEN = -(10**9)
@@ -56,6 +58,7 @@ class FakeRunner:
         self._check = check
         self._pool = np.full(limits.num_pages * limits.page_size, _UNWRITTEN, np.int64)
         self._last_tokens = np.full(limits.max_num_seqs + 1, _UNWRITTEN, np.int64)
+        self._kept: dict[int, np.ndarray] = {}
 
     def dispatch(self, batch: Batch) -> FakeHandle:
         """Computes a step."""
@@ -93,6 +96,16 @@ class FakeRunner:
         slots = BatchLayout(batch.bucket, self.limits.max_pages_per_seq).unpack(batch.packed)["slots"]
         self._last_tokens[slots] = handle.tokens
         handle.sampled = True
+
+    def copy_pages(self, schedule: Schedule) -> None:
+        """Carries out a schedule's copies."""
+        pool = self._pool.reshape(-1, self.limits.page_size)
+        for ticket in schedule.dropped_tickets:
+            del self._kept[ticket]
+        for ticket, _, pages in schedule.swapped_out:
+            self._kept[ticket] = pool[pages]
+        for ticket, first, pages in schedule.swapped_in:
+            pool[pages] = self._kept[ticket][first : first + len(pages)]
 
 
 def _extras(bucket: Bucket, features: Feature) -> tuple:

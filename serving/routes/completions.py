@@ -30,7 +30,7 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
     prompts = await tokenize(state, body.prompts(), body.add_special_tokens is not False)
     if body.echo and state.engine.tokenizer is None:
         raise bad_request("echo needs a tokenizer, which this model does not have", "echo")
-    job = Job(state, f"cmpl-{uuid.uuid4().hex}", prompts, params, body.priority or 0)
+    job = Job(state, f"cmpl-{uuid.uuid4().hex}", prompts, params, **body.scheduling())
     answer = _Answer(state, body, job, model)
     if body.stream:
         return await stream_events(request, answer.events(), state.keep_alive_s)
