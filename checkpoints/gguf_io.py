@@ -23,6 +23,8 @@ from checkpoints.tensors import TensorInfo, map_bytes
 
 _VERSIONS = (2, 3)
 _MAX_DIMENSIONS = 4
+#: Values that are decoded in one go: bounds what a large tensor takes beside its result.
+_VALUES_AT_ONCE = 1 << 20
 _DEFAULT_ALIGNMENT = 32
 _STRING, _ARRAY = int(GGUFValueType.STRING), int(GGUFValueType.ARRAY)
 _SCALARS = {
@@ -196,9 +198,19 @@ def _problem(shape: tuple[int, ...], kind: int, begin: int, file_size: int) -> s
     return None
 
 
-def _read(path: Path, offset: int, shape: tuple[int, ...], qtype: GGMLQuantizationType) -> np.ndarray:
-    """float32; F32 stays memory-mapped."""
+def _read(
+    path: Path, offset: int, shape: tuple[int, ...], qtype: GGMLQuantizationType, dtype: np.dtype | None
+) -> np.ndarray:
+    """float32, which stays memory-mapped if it is stored so, or `dtype`. Decoded and cast some rows at a time."""
     data = map_bytes(path, offset, _num_bytes(shape, qtype))
+    dtype = np.dtype(np.float32) if dtype is None else dtype
     if data.size == 0:
-        return np.empty(shape, np.float32)
-    return dequantize(data.reshape(math.prod(shape[:-1]), -1), qtype).reshape(shape)
+        return np.empty(shape, dtype)
+    data = data.reshape(math.prod(shape[:-1]), -1)
+    if qtype == GGMLQuantizationType.F32 and dtype == np.float32:
+        return dequantize(data, qtype).reshape(shape)
+    values = np.empty((len(data), shape[-1]), dtype)
+    step = max(1, _VALUES_AT_ONCE // shape[-1])
+    for first in range(0, len(data), step):
+        values[first : first + step] = dequantize(data[first : first + step], qtype)
+    return values.reshape(shape)

@@ -202,8 +202,8 @@ def read_tensors(file: GgufFile, config: Mapping[str, Any]) -> dict[str, TensorI
     return tensors
 
 
-def _read_unpermuted(info: TensorInfo, num_heads: int) -> np.ndarray:
-    return unpermute(info.read(), num_heads)
+def _read_unpermuted(info: TensorInfo, num_heads: int, dtype: np.dtype | None) -> np.ndarray:
+    return unpermute(info.read(dtype), num_heads)
 
 
 def unpermute(array: np.ndarray, num_heads: int) -> np.ndarray:

@@ -1,8 +1,11 @@
 """Puts a checkpoint's weights on devices, or makes weights up. The engine calls it once, at start.
 
-Host memory holds about one parameter at a time. With model_runner.py this is the only code that puts data on a device.
+Host memory holds about one parameter at a time, and what is made of it: its tensors are mapped, or cast as they are
+read, and the next is not touched before this one is in its place. With model_runner.py this is the only code that puts
+data on a device.
 """
 
+import dataclasses
 import functools
 import zlib
 from collections.abc import Iterable, Mapping
@@ -49,26 +52,52 @@ def load(
 
 
 def _assemble(checkpoint: Checkpoint, name: str, want: Wanted) -> np.ndarray:
-    array = want.source.assemble(*(checkpoint.tensors[tensor].read() for tensor, _ in want.source.tensors))
+    tensors = [checkpoint.tensors[tensor].read(want.dtype) for tensor, _ in want.source.tensors]
+    array = want.source.assemble(*tensors)
+    if want.arrange is not None:
+        array = want.arrange(array)
     if array.shape != want.shape:
         raise CheckpointError(f"{checkpoint.path}: parameter {name}: shape must be {want.shape}, made {array.shape}")
     array = np.asarray(array, dtype=want.dtype, order="C")
     # On a CPU the device array is the host array itself: were that the mapped file, the weights would change with it.
-    return array if array.flags.writeable else array.copy()
+    on_cpu = any(device.platform == "cpu" for device in want.sharding.device_set)
+    return array.copy() if on_cpu and not array.flags.writeable else array
 
 
 def _place(array: np.ndarray, want: Wanted) -> jax.Array:
     # Waiting keeps the host arrays of several parameters from piling up.
-    return jax.block_until_ready(jax.device_put(array, want.sharding))
+    return jax.block_until_ready(_put(array, want.sharding))
+
+
+def _put(array: np.ndarray, sharding: Any) -> jax.Array:
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    # Some devices are other processes': each process places its own devices' parts, and asks nobody.
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def _restore(checkpoint: Checkpoint, wanted: Mapping[str, Wanted]) -> dict[str, jax.Array]:
-    stored = {name: Wanted(w.shape, w.dtype, w.sharding, take(name, w.shape)) for name, w in wanted.items()}
+    sources = {name: take(name, w.stored_shape or w.shape) for name, w in wanted.items()}
+    stored = {name: dataclasses.replace(w, source=sources[name]) for name, w in wanted.items()}
     problems = check(stored, checkpoint.tensors)
     if problems:
         raise CheckpointError([f"{checkpoint.path}: {p}" if p.startswith("tensor ") else p for p in problems])
-    targets = {name: jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=w.sharding) for name, w in wanted.items()}
-    return orbax_io.restore(checkpoint.path, targets)
+    targets = {
+        name: jax.ShapeDtypeStruct(w.stored_shape or w.shape, w.dtype, sharding=_stored_sharding(w))
+        for name, w in wanted.items()
+    }
+    params = orbax_io.restore(checkpoint.path, targets)
+    for name, want in wanted.items():
+        if want.arrange is not None:
+            params[name] = jax.jit(want.arrange, out_shardings=want.sharding)(params[name])
+    return params
+
+
+def _stored_sharding(want: Wanted) -> Any:
+    """Where a parameter is restored to: its place, or whole everywhere when it has yet to be arranged."""
+    if want.arrange is None:
+        return want.sharding
+    return jax.sharding.NamedSharding(want.sharding.mesh, jax.sharding.PartitionSpec())
 
 
 def dummy(wanted: Mapping[str, Wanted], seed: int) -> dict[str, jax.Array]:
@@ -82,7 +111,7 @@ def dummy(wanted: Mapping[str, Wanted], seed: int) -> dict[str, jax.Array]:
         place = want.sharding
         if isinstance(place, jax.sharding.NamedSharding):
             place = jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec())
-        seeds = jax.device_put(np.array([seed & 0xFFFFFFFF, zlib.crc32(name.encode())], np.uint32), place)
+        seeds = _put(np.array([seed & 0xFFFFFFFF, zlib.crc32(name.encode())], np.uint32), place)
         params[name] = _draw(tuple(want.shape), jnp.dtype(want.dtype), want.sharding, want.init)(seeds)
     return params
 

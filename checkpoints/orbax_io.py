@@ -115,8 +115,8 @@ def read_marker(folder: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _read(folder: Path, name: str) -> np.ndarray:
-    """One parameter, as the file has it."""
+def _read(folder: Path, name: str, dtype: np.dtype | None) -> np.ndarray:
+    """One parameter, as the file has it or cast."""
     import orbax.checkpoint as ocp
 
     with ocp.PyTreeCheckpointer() as checkpointer:
@@ -126,7 +126,7 @@ def _read(folder: Path, name: str) -> np.ndarray:
                 item={name: 0}, partial_restore=True, restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray)}
             ),
         )
-    return restored[name]
+    return restored[name] if dtype is None else restored[name].astype(dtype, copy=False)
 
 
 def restore(folder: Path, targets: Mapping[str, Any]) -> dict[str, Any]:

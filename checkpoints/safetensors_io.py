@@ -194,5 +194,8 @@ def _tiling_problems(path: Path, spans: list[tuple[int, int, str]], data_size: i
     return problems
 
 
-def _read(path: Path, offset: int, length: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    return map_bytes(path, offset, length).view(dtype).reshape(shape)
+def _read(
+    path: Path, offset: int, length: int, stored: np.dtype, shape: tuple[int, ...], dtype: np.dtype | None
+) -> np.ndarray:
+    array = map_bytes(path, offset, length).view(stored).reshape(shape)
+    return array if dtype is None else array.astype(dtype, copy=False)

@@ -6,6 +6,7 @@ Never holds an open file or any of the tensor's bytes: each read maps the file a
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,16 +28,20 @@ class TensorInfo:
     shape: tuple[int, ...]
     dtype: str
     file: str
-    reader: Callable[[], np.ndarray] = field(repr=False, compare=False)
+    reader: Callable[[np.dtype | None], np.ndarray] = field(repr=False, compare=False)
 
-    def read(self) -> np.ndarray:
-        """The values: memory-mapped and read-only where the file holds them as they are, else a new float32 array.
+    def read(self, dtype: Any = None) -> np.ndarray:
+        """The values: memory-mapped and read-only where the file holds them as they are, else a new array.
+
+        Args:
+            dtype: what they are cast to, without another copy of them on the way; None: as stored, or float32 where
+                they are stored in blocks.
 
         Raises:
             CheckpointError: the file is gone, or has been cut since it was opened.
         """
         try:
-            return self.reader()
+            return self.reader(None if dtype is None else np.dtype(dtype))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.file}: tensor {self.name}: cannot be read: {error}") from error
 

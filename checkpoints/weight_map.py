@@ -34,6 +34,8 @@ class Wanted:
         shape: of the assembled parameter. dtype: on the device; the checkpoint's values are cast to it.
         sharding: a jax.sharding.Sharding: where it goes.
         source: how it is read. init: what it holds when weights are made up instead of read.
+        arrange: from what `source` makes, or an Orbax checkpoint holds, of shape `stored_shape`, to the parameter;
+            takes numpy and jax arrays. None: they are the same.
     """
 
     shape: tuple[int, ...]
@@ -41,6 +43,8 @@ class Wanted:
     sharding: Any
     source: Source
     init: Literal["normal", "ones", "zeros"] = "normal"
+    stored_shape: tuple[int, ...] | None = None
+    arrange: Callable[[Any], Any] | None = None
 
 
 def take(name: str, shape: tuple[int, ...]) -> Source:

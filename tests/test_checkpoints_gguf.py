@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -151,15 +152,34 @@ def test_unknown_tensor_keeps_its_name(tmp_path: Path) -> None:
     assert "blk.0.odd.weight" in opened(tmp_path, lambda w: w.add_tensor("blk.0.odd.weight", np.ones(4, "f4"))).tensors
 
 
-def test_quantised_types_are_decoded(tmp_path: Path) -> None:
-    values = np.linspace(-1, 1, 64, dtype=np.float32).reshape(2, 32)
-    for kind in (gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.BF16, gguf.GGMLQuantizationType.Q4_0):
-        raw = gguf.quants.quantize(values, kind)
-        path = tmp_path / kind.name
-        path.mkdir()
-        info = opened(path, lambda w, raw=raw, kind=kind: w.add_tensor("x", raw, raw_dtype=kind)).tensors["x"]
-        assert (info.dtype, info.shape) == (kind.name, (2, 32))
-        np.testing.assert_array_equal(info.read(), gguf.quants.dequantize(raw, kind))
+@pytest.mark.parametrize("name", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K"])
+def test_every_type_is_decoded_and_cast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Blocks of any bits, some rows at a time, against the gguf package's decoding of the whole."""
+    kind = gguf.GGMLQuantizationType[name]
+    size, num_bytes = gguf.GGML_QUANT_SIZES[kind]
+    shape = (7, 512)
+    raw = np.random.default_rng(1).integers(0, 256, (7, 512 // size * num_bytes), np.uint8)
+    info = opened(tmp_path, lambda w: w.add_tensor("x", raw, raw_dtype=kind)).tensors["x"]
+    assert (info.dtype, info.shape) == (name, shape)
+    monkeypatch.setattr(gguf_io, "_VALUES_AT_ONCE", 3 * 512)
+    with np.errstate(all="ignore"):
+        want = gguf.quants.dequantize(raw, kind)
+        np.testing.assert_array_equal(info.read(), want)
+        for dtype in (np.float32, np.float16, ml_dtypes.bfloat16):
+            got = info.read(dtype)
+            assert got.dtype == dtype
+            np.testing.assert_array_equal(got.astype("f4"), want.astype(dtype).astype("f4"))
+
+
+def test_decoding_a_large_tensor_takes_little_beside_the_result(tmp_path: Path) -> None:
+    raw = np.zeros((4096, 4096 // 32 * 18), np.uint8)
+    kind = gguf.GGMLQuantizationType.Q4_0
+    info = opened(tmp_path, lambda w: w.add_tensor("x", raw, raw_dtype=kind)).tensors["x"]
+    tracemalloc.start()
+    result = info.read(np.float16)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert result.nbytes == 32 << 20 and peak < 1.2 * result.nbytes + (30 << 20), peak
 
 
 def test_unsupported_architecture_names_the_supported(tmp_path: Path) -> None:
