@@ -38,6 +38,13 @@ class EngineConfig:
     tokenizer: str | None = _option(None, "Folder or file of the tokenizer, when it is not with the model.")
     dtype: str = _option("auto", "Of weights, activations and KV: auto (float32 on CPU, else bfloat16), float32, ....")
     load_format: str = _option("auto", "auto: read the checkpoint. dummy: random weights for the model's config.")
+    tensor_parallel_size: int = _option(1, "Devices that hold the model between them.")
+    enable_expert_parallel: bool = _option(
+        False, "Keep each expert of a mixture whole on one of these devices, rather than a part of it on each."
+    )
+    num_processes: int = _option(1, "Processes, each with devices of its own, that hold the model between them.")
+    process_id: int = _option(0, "This process's number among them; 0 serves, the others follow it.")
+    coordinator_address: str | None = _option(None, "host:port of process 0, where they meet; uses the next port too.")
     max_model_len: int | None = _option(
         None, "Most tokens of prompt and output together. Default: the model's, capped."
     )
@@ -96,6 +103,8 @@ class EngineConfig:
         self._check_choice("dtype", DTYPES)
         self._check_choice("load_format", LOAD_FORMATS)
         for name in (
+            "tensor_parallel_size",
+            "num_processes",
             "max_model_len",
             "max_num_seqs",
             "max_num_batched_tokens",
@@ -116,6 +125,7 @@ class EngineConfig:
             raise ConfigError(f"page_size must be a power of two, got {self.page_size}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
+        self._check_group()
         for name in ("token_buckets", "decode_buckets"):
             value = getattr(self, name)
             if value is not None:
@@ -139,10 +149,25 @@ class EngineConfig:
             raise ConfigError(f"swap_space_gib must be at least 0, got {self.swap_space_gib}")
         if self.preemption_mode == "swap" and not self.swap_space_gib:
             raise ConfigError("preemption_mode swap needs swap_space_gib above 0")
+        if self.swap_space_gib and self.tensor_parallel_size > 1:
+            raise ConfigError(
+                f"swap_space_gib {self.swap_space_gib} needs tensor_parallel_size 1, got {self.tensor_parallel_size}: "
+                "pages that lie on several devices are not swapped yet; leave it at 0"
+            )
         if self.deterministic and (self.decode_buckets or len(self.token_buckets or (0,)) > 1):
             raise ConfigError("deterministic has one bucket: give no decode_buckets and at most one of token_buckets")
         _slo_classes(self.slo_classes)
         _user_weights(self.user_weights)
+
+    def _check_group(self) -> None:
+        if not 0 <= self.process_id < self.num_processes:
+            raise ConfigError(f"process_id must be in [0, num_processes = {self.num_processes}), got {self.process_id}")
+        host, _, port = (self.coordinator_address or "").rpartition(":")
+        if self.num_processes > 1 and not (host and port.isdecimal() and 0 < int(port) < 65535):
+            raise ConfigError(
+                f"num_processes {self.num_processes} needs coordinator_address=host:port of process 0; "
+                f"got {self.coordinator_address!r}"
+            )
 
     def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
         if getattr(self, name) not in allowed:

@@ -27,12 +27,14 @@ from jax_engine.constraints import Constraints, unconstrained
 from jax_engine.costs import measure
 from jax_engine.errors import ConfigError
 from jax_engine.features import Feature
+from jax_engine.group import least
 from jax_engine.kv_cache import KVCache
 from jax_engine.models import read_config
 from jax_engine.page_store import PageStore
 from jax_engine.program import ModelProgram, nested
 from jax_engine.sampler import SamplerOutput
 from jax_engine.schedule import Schedule
+from jax_engine.sharding import choose_devices
 from jax_engine.step import StepOutput
 
 _log = logging.getLogger(__name__)
@@ -94,13 +96,13 @@ class ModelRunner:
         if config.compilation_cache_dir != "":
             _use_compilation_cache(config.compilation_cache_dir or str(default_cache_dir() / "compiled"))
         self.model_config = read_config(checkpoint.config)
-        device = jax.devices()[0]
-        self.platform = device.platform
-        self.device_kind = device.device_kind
+        devices = choose_devices(jax.devices(), config.tensor_parallel_size)
+        self.platform = devices[0].platform
+        self.device_kind = devices[0].device_kind
         # A configuration that cannot work is told before weights are read.
         limits = resolve(config, self.model_config, platform=self.platform, num_pages=config.num_pages or 1)
         self.model_config = self.model_config.served_up_to(limits.max_model_len)
-        self._program = ModelProgram(self.model_config, config.dtype, [device])
+        self._program = ModelProgram(self.model_config, config.dtype, devices, by_expert=config.enable_expert_parallel)
         self.dtype = self._program.dtype
         self._replicated = self._program.replicated
         wanted = self._program.wanted
@@ -111,7 +113,7 @@ class ModelRunner:
         )
         self.weight_bytes = sum(array.nbytes for array in arrays.values())
         self.weights = nested(arrays)
-        num_pages = config.num_pages or self._num_pages_that_fit(config, device)
+        num_pages = config.num_pages or self._num_pages_that_fit(config, devices)
         self.limits = resolve(config, self.model_config, platform=self.platform, num_pages=num_pages)
         self._check_pool()
         self._cache = self._empty_cache()
@@ -187,24 +189,28 @@ class ModelRunner:
         self._cache = self._page_store.copy(self._cache, schedule)
 
     def _put(self, arrays):
-        return jax.device_put(arrays, self._replicated)
+        if self._replicated.is_fully_addressable:
+            return jax.device_put(arrays, self._replicated)
+        # Like device_put, but without asking the other processes of the group whether they have the same.
+        place = functools.partial(jax.make_array_from_callback, sharding=self._replicated)
+        return jax.tree.map(lambda array: place(array.shape, data_callback=lambda index: array[index]), arrays)
 
     def _empty_cache(self) -> KVCache:
         shapes = self._program.cache_shapes(self.limits)
         make = functools.partial(jax.tree.map, lambda shape: jnp.zeros(shape.shape, shape.dtype))
-        return jax.jit(lambda: make(shapes), out_shardings=self._replicated)()
+        return jax.jit(lambda: make(shapes), out_shardings=jax.tree.map(lambda shape: shape.sharding, shapes))()
 
-    def _num_pages_that_fit(self, config: EngineConfig, device: Any) -> int:
+    def _num_pages_that_fit(self, config: EngineConfig, devices: list[Any]) -> int:
         """As many pages as free memory holds, but no more than the sequences could ever use."""
         limits = resolve(config, self.model_config, platform=self.platform, num_pages=1)
         useful = limits.max_num_seqs * limits.max_pages_per_seq
         if self.platform == "cpu":
             available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-            free = min(available // 4, _MAX_CPU_POOL_BYTES)
+            free = min(available // 4, _MAX_CPU_POOL_BYTES) // len(devices)
         else:
-            stats = device.memory_stats() or {}
-            usable = int(stats.get("bytes_limit", 0) * config.gpu_memory_utilization)
-            free = usable - stats.get("bytes_in_use", 0) - self._activation_bytes(limits)
+            own = [device for device in devices if device.process_index == jax.process_index()]
+            free = min(_free_bytes(device, config.gpu_memory_utilization) for device in own)
+            free -= self._activation_bytes(limits)
         free -= self._program.state_bytes(limits)
         size = self._program.page_bytes(limits.page_size)
         if free < size:
@@ -212,7 +218,7 @@ class ModelRunner:
                 f"no memory is left for the KV pool: a page takes {size} bytes, {free} are free; "
                 "raise gpu_memory_utilization, or lower max_num_batched_tokens or max_num_seqs"
             )
-        return min(useful, free // size)
+        return least(min(useful, free // size))
 
     def _activation_bytes(self, limits: Limits) -> int:
         """Temporary memory of the largest step, as the compiler reports it for a pool of one sequence."""
@@ -254,6 +260,11 @@ class ModelRunner:
 def _copy_to_host(arrays: Any) -> None:
     for array in jax.tree.leaves(arrays):
         array.copy_to_host_async()
+
+
+def _free_bytes(device: Any, utilization: float) -> int:
+    stats = device.memory_stats() or {}
+    return int(stats.get("bytes_limit", 0) * utilization) - stats.get("bytes_in_use", 0)
 
 
 def count_compilations(callback) -> None:

@@ -4,7 +4,9 @@ model_runner.py makes one for its own device, then loads the weights that it nam
 device on paper. Both so compile the same steps. It puts nothing on a device.
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,7 +23,16 @@ from jax_engine.constraints import unconstrained
 from jax_engine.kv_cache import KVCache, cache_shapes, page_bytes, state_bytes
 from jax_engine.model_config import ModelConfig
 from jax_engine.models import model_class
-from jax_engine.sharding import make_mesh, replicated, sharding_of
+from jax_engine.sharding import (
+    TENSOR,
+    copy_kv_heads,
+    make_mesh,
+    replicated,
+    sharding_of,
+    share_of,
+    side_by_side,
+    with_kv_copies,
+)
 from jax_engine.step import sample_step, step
 from pallas_kernels.ragged_paged_attention import api as attention_op
 
@@ -31,6 +42,7 @@ class ModelProgram:
 
     Args:
         dtype: of weights, activations and KV; `auto` for the device's own.
+        by_expert: experts lie whole on one of the devices each, rather than in parts on all.
 
     Attributes:
         device: what the devices are, as the kernels' packages name it.
@@ -42,16 +54,19 @@ class ModelProgram:
         ConfigError: nobody has written the model's architecture yet.
     """
 
-    def __init__(self, model_config: ModelConfig, dtype: str, devices: list[Any]):
+    def __init__(self, model_config: ModelConfig, dtype: str, devices: list[Any], *, by_expert: bool = False):
         self.model_config = model_config
+        self._placed_config = with_kv_copies(model_config, len(devices))
         self.device = attention_op.Device(devices[0].platform, devices[0].device_kind)
         self.dtype = jnp.dtype(_dtype(dtype, self.device.platform))
         self.mesh = make_mesh(devices)
         self.replicated = replicated(self.mesh)
         model = model_class(model_config)
-        abstract = nnx.eval_shape(lambda: model(model_config, self.dtype, self.device.platform != "cpu"))
-        self._graph, state = nnx.split(abstract)
-        self.wanted = _wanted(state, model.weight_map(model_config), self.mesh)
+        self._graph, state = self._abstract(model, self._placed_config)
+        self.wanted = _wanted(state, model.weight_map(model_config), self.mesh, by_expert)
+        if self._placed_config != model_config:
+            _, stored = self._abstract(model, model_config)
+            self.wanted = _with_kv_copies(self.wanted, stored, model_config, self._placed_config)
         self.ignored_tensors = model.IGNORED_TENSORS
 
     @property
@@ -60,26 +75,36 @@ class ModelProgram:
         return sum(int(np.prod(want.shape)) * jnp.dtype(want.dtype).itemsize for want in self.wanted.values())
 
     def page_bytes(self, page_size: int) -> int:
-        """Bytes of one page of the KV cache over all layers."""
-        return page_bytes(self.model_config, page_size, self.dtype, self.device)
+        """Bytes of one page of the KV cache over all layers, on each device."""
+        return page_bytes(share_of(self._placed_config, self.mesh), page_size, self.dtype, self.device)
 
     def state_bytes(self, limits: Limits) -> int:
-        """Bytes of the cache that do not depend on the number of pages."""
-        return state_bytes(self.model_config, limits.max_num_seqs, self.dtype)
+        """Bytes of the cache that do not depend on the number of pages, on each device."""
+        return state_bytes(share_of(self._placed_config, self.mesh), limits.max_num_seqs, self.dtype)
 
     def cache_shapes(self, limits: Limits) -> KVCache:
-        """The cache's arrays, with their places, as jax.ShapeDtypeStructs."""
-        return self._placed(cache_shapes(self.model_config, limits, self.dtype, self.device))
+        """The cache's arrays, with their places, as jax.ShapeDtypeStructs.
+
+        Each device has a cache for its share of the kv heads; those of several devices lie side by side along the first
+        axis of each array, whatever its layout.
+        """
+        own = cache_shapes(share_of(self._placed_config, self.mesh), limits, self.dtype, self.device)
+        return side_by_side(own, self.mesh)
 
     def lower(self, bucket: Bucket, limits: Limits) -> tuple[BatchLayout, jax.stages.Lowered]:
         """The step of a bucket, ready to be compiled; it takes what step.step takes, from the weights on."""
         layout = BatchLayout(bucket, limits.max_pages_per_seq)
-        static = functools.partial(step, self._graph, layout, limits.page_size, self.device)
+        function = functools.partial(step, self._graph, layout, limits.page_size, self.device)
+        if self.mesh.size > 1:
+            whole = jax.sharding.PartitionSpec()
+            arrays = (nested(self._abstract_weights()), self.cache_shapes(limits))
+            weights, cache = jax.tree.map(lambda array: array.sharding.spec, arrays)
+            function = self._on_every_device(function, (weights, cache, whole, whole, whole, whole), (cache, whole))
         # Who asks for float32 means it: accelerators would else multiply in a shorter format.
         precision = jax.default_matmul_precision("highest" if self.dtype == jnp.float32 else "default")
         # Pallas asks the mesh which chip a kernel is for.
         with precision, jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-            lowered = jax.jit(static, donate_argnums=1).lower(
+            lowered = jax.jit(function, donate_argnums=1).lower(
                 nested(self._abstract_weights()),
                 self.cache_shapes(limits),
                 *self._placed(
@@ -99,7 +124,12 @@ class ModelProgram:
         """The sampling of deferred steps of so many sequences; it takes what step.sample_step takes."""
         layout = BatchLayout(Bucket(0, num_seqs, False), limits.max_pages_per_seq)
         cache, vocab_size = self.cache_shapes(limits), self.model_config.vocab_size
-        lowered = jax.jit(functools.partial(sample_step, layout, limits.page_size), donate_argnums=1).lower(
+        function = functools.partial(sample_step, layout, limits.page_size)
+        if self.mesh.size > 1:
+            whole, own = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(TENSOR)
+            specs = (own, own, whole, whole, whole, whole)
+            function = self._on_every_device(function, specs, (own, whole))
+        lowered = jax.jit(function, donate_argnums=1).lower(
             cache.token_ids,
             cache.last_tokens,
             self._placed(jax.ShapeDtypeStruct((layout.size,), jnp.int32)),
@@ -107,6 +137,14 @@ class ModelProgram:
             *self._placed((Adjustments(*no_adjustments(num_seqs)), unconstrained(num_seqs, vocab_size))),
         )
         return layout, lowered
+
+    def _on_every_device(self, function: Callable, in_specs: tuple, out_specs: tuple) -> Callable:
+        """A program as each device runs it: on its own parts of what is split, and on all of what is whole."""
+        # What is whole is computed alike on every device, which tracing cannot prove.
+        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+    def _abstract(self, model: Callable[..., nnx.Module], config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
+        return nnx.split(nnx.eval_shape(lambda: model(config, self.dtype, self.device.platform != "cpu")))
 
     def _abstract_weights(self) -> dict[str, jax.ShapeDtypeStruct]:
         return {
@@ -139,7 +177,7 @@ def _dtype(name: str, platform: str) -> str:
     return name
 
 
-def _wanted(state: nnx.State, sources: dict, mesh: Mesh) -> dict[str, Wanted]:
+def _wanted(state: nnx.State, sources: dict, mesh: Mesh, by_expert: bool) -> dict[str, Wanted]:
     wanted = {}
     for path, variable in nnx.to_flat_state(state):
         metadata = variable.get_metadata()
@@ -147,8 +185,20 @@ def _wanted(state: nnx.State, sources: dict, mesh: Mesh) -> dict[str, Wanted]:
         wanted[name] = Wanted(
             shape=variable.shape,
             dtype=variable.dtype,
-            sharding=sharding_of(metadata["axes"], mesh),
+            sharding=sharding_of(metadata["axes"], variable.shape, mesh, by_expert=by_expert),
             source=sources[name],
             init=metadata["init"],
         )
     return wanted
+
+
+def _with_kv_copies(
+    wanted: dict[str, Wanted], stored_state: nnx.State, stored: ModelConfig, placed: ModelConfig
+) -> dict[str, Wanted]:
+    """The same, where kv heads are laid out several times; see sharding.with_kv_copies."""
+    arranged = {}
+    for path, variable in nnx.to_flat_state(stored_state):
+        name, axes = ".".join(map(str, path)), variable.get_metadata()["axes"]
+        arrange = functools.partial(copy_kv_heads, axes=axes, stored=stored, placed=placed)
+        arranged[name] = dataclasses.replace(wanted[name], stored_shape=variable.shape, arrange=arrange)
+    return arranged

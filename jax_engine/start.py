@@ -11,6 +11,7 @@ from checkpoints.tokenizer_files import TokenizerFiles
 from jax_engine.config import EngineConfig
 from jax_engine.engine import Engine
 from jax_engine.errors import ConfigError
+from jax_engine.group import Follower, LeadingRunner, join
 from jax_engine.model_runner import ModelRunner, count_compilations
 from jax_engine.models.shapes import NAMED_SHAPES
 from jax_engine.step_log import Header, StepLog
@@ -22,13 +23,21 @@ _log = logging.getLogger(__name__)
 def start_engine(config: EngineConfig) -> Engine:
     """Builds an engine; blocks until every step is compiled.
 
+    In a process that follows another, blocks until that one ends, and then ends this one too.
+
     Raises:
+        SystemExit: in a process that follows, at the end.
         ConfigError: the configuration or the model cannot be run.
         CheckpointError: there is no such model, or it is incomplete or damaged.
     """
     started = time.monotonic()
+    group = join(config) if config.num_processes > 1 else None
     checkpoint = open_model(config)
     runner = ModelRunner(config, checkpoint)
+    if isinstance(group, Follower):
+        _log.info("process %d follows", config.process_id)
+        group.run(runner)
+        raise SystemExit(0)
     limits = runner.limits
     tokens = limits.num_pages * limits.page_size
     _log.info(
@@ -49,7 +58,7 @@ def start_engine(config: EngineConfig) -> Engine:
     )
     step_log = StepLog(header=log_header(config, runner), path=config.step_log, max_bytes=config.step_log_max_mib << 20)
     engine = Engine(
-        runner,
+        runner if group is None else LeadingRunner(runner, group),
         load_tokenizer(checkpoint),
         vocab_size=runner.model_config.vocab_size,
         eos_token_ids=checkpoint.eos_token_ids,

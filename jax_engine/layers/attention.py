@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from jax_engine.layers.context import StepContext
 from jax_engine.layers.linear import matmul, small
-from jax_engine.layers.norm import RMSNorm
+from jax_engine.layers.norm import HeadsNorm, RMSNorm
 from jax_engine.layers.param import declare
 from jax_engine.layers.rope import rotate
 from jax_engine.model_config import LayerConfig, ModelConfig
@@ -48,12 +48,15 @@ class Attention(nnx.Module):
             self.qkv_bias = declare((num_kv_heads, rows, head_dim), dtype, axes, init="zeros")
         if config.output_bias:
             self.output_bias = declare((embed,), dtype, ("embed",), init="zeros")
-        if qk_norm:
-            heads = (config.num_attention_heads, num_kv_heads) if qk_norm == "all" else (1, 1)
-            sizes = [count * head_dim for count in heads]
-            self.q_norm, self.k_norm = (RMSNorm(n, config.norm_eps, dtype, unit_offset=unit_offset) for n in sizes)
+        if qk_norm == "all":
+            axes = ("kv_heads", "group", "head_dim")
+            self.q_norm = HeadsNorm((num_kv_heads, group, head_dim), axes, config.norm_eps, dtype)
+            self.k_norm = HeadsNorm((num_kv_heads, head_dim), ("kv_heads", "head_dim"), config.norm_eps, dtype)
+        elif qk_norm:
+            norms = (RMSNorm(head_dim, config.norm_eps, dtype, unit_offset=unit_offset) for _ in range(2))
+            self.q_norm, self.k_norm = norms
         if sinks:
-            self.sinks = declare((num_kv_heads * group,), dtype, (None,), init="zeros")
+            self.sinks = declare((num_kv_heads, group), dtype, ("kv_heads", "group"), init="zeros")
         self.layer = layer
         self.gated = gated
         self.scale = config.query_scale
@@ -74,7 +77,7 @@ class Attention(nnx.Module):
         else:
             q = q.reshape(tokens, -1, q.shape[-1])
         if hasattr(self, "q_norm"):
-            q, k = (_normalize(heads, norm) for heads, norm in ((q, self.q_norm), (k, self.k_norm)))
+            q, k = self.q_norm(q), self.k_norm(k)
         if self.layer.rope is not None:
             rotation = context.rotations[self.layer.rope]
             q, k = rotate(q, *rotation), rotate(k, *rotation)
@@ -87,7 +90,7 @@ class Attention(nnx.Module):
             scale=self.scale,
             sliding_window=self.layer.sliding_window,
             logits_soft_cap=self.soft_cap,
-            sinks=self.sinks[...] if hasattr(self, "sinks") else None,
+            sinks=small(self.sinks).reshape(-1) if hasattr(self, "sinks") else None,
         )
         if self.gated:
             attended = attended * jax.nn.sigmoid(gate)
@@ -102,8 +105,3 @@ class Attention(nnx.Module):
         if hasattr(self, "qkv_bias"):
             qkv = qkv + small(self.qkv_bias)
         return qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
-
-
-def _normalize(heads: Float[Array, "T N H"], norm: RMSNorm) -> Float[Array, "T N H"]:
-    """Over each head, or over all of them, as the norm's weight is long."""
-    return norm(heads.reshape(heads.shape[0], -1, norm.weight.shape[0])).reshape(heads.shape)

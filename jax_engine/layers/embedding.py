@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jax_engine.layers.parallel import gather_columns, take_rows
 from jax_engine.layers.param import declare
 
 
@@ -15,10 +16,11 @@ class Embedding(nnx.Module):
         self.weight = declare((vocab, embed), dtype, ("vocab", "embed"))
 
     def __call__(self, ids: Int[Array, " T"]) -> Float[Array, "T D"]:
-        return self.weight[...][ids]
+        return take_rows(self.weight, ids)
 
     def logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
         """Scores of every token, float32."""
-        return jax.lax.dot_general(
+        part = jax.lax.dot_general(
             hidden, self.weight[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
         )
+        return gather_columns(part, self.weight)

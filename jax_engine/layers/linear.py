@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
+from jax_engine.layers.parallel import complete
+
 
 class WeightByLayer:
     """The weights of one place in every layer, of which a traced index picks one.
@@ -34,7 +36,7 @@ def with_weight(function: Callable[..., Any], *args: Any, weight: nnx.Param) -> 
 
 def matmul(x: Float[Array, "T D"], weight: nnx.Param) -> Float[Array, "T F"]:
     """x times a weight stored outputs first, inputs last, as checkpoints do: F and D are its flattened axes."""
-    return with_weight(_matmul, x, weight=weight)
+    return complete(with_weight(_matmul, x, weight=weight), weight)
 
 
 def matmul_by_head(x: Float[Array, "T N H"], weight: nnx.Param) -> Float[Array, "T N F"]:
@@ -46,7 +48,8 @@ def grouped_matmul(x: Float[Array, "S D"], sizes: Int32[Array, " E"], weight: nn
     """Runs of rows of x times one matrix each: the first sizes[0] rows times weight[0], and so on.
 
     Args:
-        sizes: they sum to S. weight: [E, ..., D], outputs first as in matmul.
+        sizes: they sum to S, or to less: rows past them come out as anything.
+        weight: [E, ..., D], outputs first as in matmul.
     """
     return with_weight(_grouped_matmul, x, sizes, weight=weight)
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int32
 
 from jax_engine.layers.linear import grouped_matmul, matmul, small, with_weight
 from jax_engine.layers.mlp import FUNCTIONS, GatedMLP
+from jax_engine.layers.parallel import shard_index, total
 from jax_engine.layers.param import declare
 from jax_engine.model_config import ModelConfig, MoEConfig
 
@@ -76,7 +77,7 @@ class MoE(nnx.Module):
         if moe.expert_bias:
             axes = ("expert", "gate_up", "expert_mlp")
             self.gate_up_bias = declare((experts, 2, hidden), dtype, axes, init="zeros")
-            self.down_bias = declare((experts, embed), dtype, ("expert", "embed"), init="zeros")
+            self.down_bias = declare((experts, embed), dtype, (None, "embed"), init="zeros")
         if moe.shared_size:
             self.shared = GatedMLP(embed, moe.shared_size, dtype, activation=config.activation)
         if moe.shared_gate:
@@ -87,19 +88,29 @@ class MoE(nnx.Module):
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
         chosen, weights = self.router(x)
         tokens, per_token = chosen.shape
+        # Of this device's experts; what others have comes last, as if of one expert more.
+        num_experts, own = self.gate_up.shape[0], chosen.reshape(-1)
+        if num_experts < self.moe.num_experts:
+            own = own - shard_index() * num_experts
+            own = jnp.where((own >= 0) & (own < num_experts), own, num_experts)
         # Row i of the sorted rows is token order[i] // per_token.
-        order = jnp.argsort(chosen.reshape(-1), stable=True)
-        experts = chosen.reshape(-1)[order]
-        sizes = jnp.zeros(self.moe.num_experts, jnp.int32).at[experts].add(1)
+        order = jnp.argsort(own, stable=True)
+        experts = own[order]
+        sizes = jnp.zeros(num_experts, jnp.int32).at[experts].add(1, mode="drop")
         gate_up = grouped_matmul(x[order // per_token], sizes, self.gate_up)
         if self.moe.expert_bias:
-            gate_up = gate_up + small(self.gate_up_bias).reshape(self.moe.num_experts, -1)[experts]
+            biases = small(self.gate_up_bias).reshape(num_experts, -1)
+            gate_up = gate_up + biases[jnp.minimum(experts, num_experts - 1)]
         down = grouped_matmul(self._gate(*jnp.split(gate_up, 2, axis=-1)), sizes, self.down)
-        if self.moe.expert_bias:
-            down = down + small(self.down_bias)[experts]
+        if num_experts < self.moe.num_experts:
+            down = jnp.where((experts < num_experts)[:, None], down, 0)
         # Back to the order of tokens; each sums its experts in the router's order.
         down = jnp.zeros_like(down).at[order].set(down, unique_indices=True).reshape(tokens, per_token, -1)
-        out = jnp.einsum("tkd,tk->td", down.astype(jnp.float32), weights).astype(x.dtype)
+        out = jnp.einsum("tkd,tk->td", down.astype(jnp.float32), weights)
+        out = total(out.astype(x.dtype), self.down)
+        if self.moe.expert_bias:
+            biases = small(self.down_bias)[chosen].astype(jnp.float32)
+            out = out + jnp.einsum("tkd,tk->td", biases, weights).astype(x.dtype)
         if self.moe.shared_size:
             shared = self.shared(x)
             out = out + (shared * jax.nn.sigmoid(matmul(x, self.shared_gate)) if self.moe.shared_gate else shared)

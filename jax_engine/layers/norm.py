@@ -1,10 +1,15 @@
 """Normalisation layers."""
 
+import math
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jax_engine.layers.linear import small
+from jax_engine.layers.parallel import total
 from jax_engine.layers.param import declare
 
 
@@ -26,6 +31,25 @@ class RMSNorm(nnx.Module):
         if self.unit_offset:
             return (y * (1 + self.weight[...].astype(jnp.float32))).astype(x.dtype)
         return self.weight[...] * y.astype(x.dtype)
+
+
+class HeadsNorm(nnx.Module):
+    """Root-mean-square norm over all heads of a token together, which may lie on several devices.
+
+    Args:
+        shape, axes: of the weight, an element for each of the heads' dimensions; the last is a head's.
+    """
+
+    def __init__(self, shape: Sequence[int], axes: Sequence[str], eps: float, dtype: jnp.dtype):
+        self.weight = declare(shape, dtype, axes, init="ones")
+        self.count = math.prod(shape)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "T N H"]) -> Float[Array, "T N H"]:
+        y = x.astype(jnp.float32)
+        squares = total(jnp.sum(y * y, axis=(1, 2), keepdims=True), self.weight)
+        y = y * jax.lax.rsqrt(squares / self.count + self.eps)
+        return small(self.weight).reshape(x.shape[1:]) * y.astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):

@@ -15,4 +15,4 @@ def declare(shape: Sequence[int], dtype: jnp.dtype, axes: Sequence[str | None], 
         axes: the logical axis of each dimension; see sharding.RULES.
         init: what dummy weights hold: `normal`, `ones` or `zeros`.
     """
-    return nnx.Param(jnp.zeros(tuple(shape), dtype), axes=tuple(axes), init=init)
+    return nnx.Param(jnp.zeros(tuple(shape), dtype), axes=tuple(axes), sizes=tuple(shape), init=init)

@@ -49,15 +49,15 @@ class GatedDeltaNet(nnx.Module):
         embed, heads, group = config.hidden_size, delta.num_key_heads, delta.num_value_heads // delta.num_key_heads
         channels = 2 * delta.key_dim + group * delta.value_dim
         self.project = declare(
-            (heads, channels + group * delta.value_dim, embed), dtype, ("kv_heads", "head_dim", "embed")
+            (heads, channels + group * delta.value_dim, embed), dtype, ("heads", "head_dim", "embed")
         )
-        self.project_gates = declare((heads, 2 * group, embed), dtype, ("kv_heads", "group", "embed"))
-        self.convolution = declare((heads, channels, delta.width), dtype, ("kv_heads", "head_dim", None))
+        self.project_gates = declare((heads, 2 * group, embed), dtype, ("heads", "group", "embed"))
+        self.convolution = declare((heads, channels, delta.width), dtype, ("heads", "head_dim", None))
         wide = jnp.dtype(jnp.float32)
-        self.log_decay = declare((heads * group,), wide, (None,), init="zeros")
-        self.time_bias = declare((heads * group,), wide, (None,), init="ones")
+        self.log_decay = declare((heads, group), wide, ("heads", "group"), init="zeros")
+        self.time_bias = declare((heads, group), wide, ("heads", "group"), init="ones")
         self.norm = RMSNorm(delta.value_dim, config.norm_eps, dtype)
-        self.output = declare((embed, heads, group * delta.value_dim), dtype, ("embed", "kv_heads", "head_dim"))
+        self.output = declare((embed, heads, group * delta.value_dim), dtype, ("embed", "heads", "head_dim"))
         self.delta, self.group, self.activation = delta, group, config.activation
 
     def __call__(
@@ -87,8 +87,8 @@ class GatedDeltaNet(nnx.Module):
         heads, both, _ = self.project_gates.shape
         gates = matmul(x, self.project_gates).reshape(-1, heads, both).astype(jnp.float32)
         write, time = jnp.split(gates, 2, axis=-1)
-        time = jax.nn.softplus(time + self.time_bias[...].reshape(heads, -1))
-        return jax.nn.sigmoid(write), jnp.exp(-jnp.exp(self.log_decay[...]).reshape(heads, -1) * time)
+        time = jax.nn.softplus(time + small(self.time_bias))
+        return jax.nn.sigmoid(write), jnp.exp(-jnp.exp(small(self.log_decay)) * time)
 
     def _convolve(
         self, x: Float[Array, "T K C"], cache: RecurrentCache, context: StepContext, place: Array

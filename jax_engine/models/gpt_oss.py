@@ -53,10 +53,14 @@ class GptOss(Decoder):
     @classmethod
     def layer_sources(cls, config: ModelConfig, layer: LayerConfig, name: str) -> dict[str, Source]:
         """See Decoder."""
+
+        def by_kv_head(sinks: np.ndarray) -> np.ndarray:
+            return sinks.reshape(config.num_key_value_heads, -1)
+
         return {
             **weights.norm("input_norm", name + "input_layernorm", config),
             **weights.attention("attention", name + "self_attn.", config),
-            "attention.sinks": take(name + "self_attn.sinks", (config.num_attention_heads,)),
+            "attention.sinks": fuse(by_kv_head, (name + "self_attn.sinks", (config.num_attention_heads,))),
             **weights.norm("post_norm", name + "post_attention_layernorm", config),
             **_moe_sources(config, name + "mlp."),
         }

@@ -131,6 +131,9 @@ def _delta_sources(config: ModelConfig, name: str) -> dict[str, Source]:
     def by_head(array: np.ndarray) -> np.ndarray:
         return array.reshape(heads, -1, embed)
 
+    def by_key_head(array: np.ndarray) -> np.ndarray:
+        return array.reshape(heads, group)
+
     def taps(convolution: np.ndarray) -> np.ndarray:
         # Stored as all queries, all keys, all values; here each key head has its own beside each other.
         parts = np.split(convolution, [keys, 2 * keys])
@@ -143,8 +146,8 @@ def _delta_sources(config: ModelConfig, name: str) -> dict[str, Source]:
         "delta.project": fuse(by_head, (name + "in_proj_qkvz.weight", (2 * keys + 2 * values, embed))),
         "delta.project_gates": fuse(by_head, (name + "in_proj_ba.weight", (2 * heads * group, embed))),
         "delta.convolution": fuse(taps, (name + "conv1d.weight", (2 * keys + values, 1, delta.width))),
-        "delta.log_decay": take(name + "A_log", (delta.num_value_heads,)),
-        "delta.time_bias": take(name + "dt_bias", (delta.num_value_heads,)),
+        "delta.log_decay": fuse(by_key_head, (name + "A_log", (delta.num_value_heads,))),
+        "delta.time_bias": fuse(by_key_head, (name + "dt_bias", (delta.num_value_heads,))),
         **weights.norm("delta.norm", name + "norm", config, delta.value_dim),
         "delta.output": fuse(split, (name + "out_proj.weight", (embed, values))),
     }

@@ -3,6 +3,8 @@
 Each function gives parameter path -> Source, for parameters below `path` and tensors whose names start with `name`.
 """
 
+import functools
+
 import numpy as np
 
 from checkpoints.weight_map import Source, fuse, take
@@ -46,9 +48,14 @@ def attention(
     }
     if config.attention_bias:
         sources[f"{path}.qkv_bias"] = fuse(join, *((f"{name}{part}.bias", (size,)) for part, size in parts))
-    if qk_norm:
+    if qk_norm == "all":
         for norm_name, size in (("q_norm", q_size), ("k_norm", kv_size)):
-            sources |= norm(f"{path}.{norm_name}", name + norm_name, config, size if qk_norm == "all" else head_dim)
+            shape = (config.num_key_value_heads, *(() if norm_name == "k_norm" else (-1,)), head_dim)
+            by_head = functools.partial(np.reshape, shape=shape)
+            sources[f"{path}.{norm_name}.weight"] = fuse(by_head, (f"{name}{norm_name}.weight", (size,)))
+    elif qk_norm:
+        sources |= norm(f"{path}.q_norm", name + "q_norm", config, head_dim)
+        sources |= norm(f"{path}.k_norm", name + "k_norm", config, head_dim)
     return sources
 
 

@@ -23,6 +23,8 @@ def run(argv: Sequence[str]) -> int:
         return 0
     options = ServerOptions(**flags.values(flag_values, ServerOptions))
     config = common.engine_config(flag_values)
+    if config.process_id:
+        common.build_engine(config, flags.non_defaults(flag_values))  # follows until process 0 ends; then so does this
     keys, admin = api_keys(options), admin_keys(options)
     options.ssl_context()  # a certificate that is of no use is told before weights are loaded
     with server.bind(options) as listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:

@@ -1,0 +1,122 @@
+"""Tests that need several devices. test_parallel.py runs this file in a process that has eight simulated ones."""
+
+import random
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from checkpoints import orbax_io
+from checkpoints.formats import open_checkpoint
+from jax_engine.sampling_params import SamplingParams
+from tests.conftest import Modes
+from tests.test_engine import content, random_requests, serve
+
+GOLDEN = Path(__file__).parent / "golden" / "tiny"
+ONE_BUCKET = {"token_buckets": (24,), "decode_buckets": ()}
+
+
+@pytest.fixture(scope="module")
+def two() -> Modes:
+    """Two devices, with a kv head and two query heads each."""
+    return Modes(tensor_parallel_size=2, **ONE_BUCKET)
+
+
+@pytest.fixture(scope="module")
+def four() -> Modes:
+    """Four devices for two kv heads: each is held twice."""
+    return Modes(tensor_parallel_size=4, token_buckets=(24,), decode_buckets=(8,))
+
+
+def check_golden(modes: Modes, architecture: str = "llama") -> None:
+    """Log-probabilities at every position of three prompts, and their greedy continuations, near-ties apart."""
+    expected = np.load(GOLDEN / architecture / "expected.npz")
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, prompt_logprobs=0, logprobs=5)
+    prompts = expected["tokens"].tolist()
+    outputs = serve(modes.engine(), [(prompt, params) for prompt in prompts])
+    for output, tokens, logprobs, greedy in zip(
+        outputs, prompts, expected["logprobs"], expected["greedy"].tolist(), strict=True
+    ):
+        (completion,) = output.outputs
+        for got, want, entries in zip(completion.token_ids, greedy, completion.logprobs, strict=True):
+            if got != want:
+                assert entries[got].logprob - entries[want].logprob < 0.02, "another token, and no near-tie"
+                break
+        got = [entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], tokens[1:], strict=True)]
+        np.testing.assert_allclose(got, logprobs[np.arange(47), tokens[1:]], rtol=0, atol=2e-3)
+
+
+def test_two_devices_give_the_golden_answers(two):
+    check_golden(two)
+    weights, pool = two.runner.weights, two.runner._cache.pool
+    attention = weights["layers"][0]["attention"]
+    assert attention["qkv"].sharding.shard_shape(attention["qkv"].shape)[0] == 1
+    assert attention["output"].sharding.shard_shape(attention["output"].shape)[1] == 1
+    assert weights["embed"]["weight"].sharding.shard_shape((320, 64)) == (160, 64)
+    assert pool.shape[1] == 1 and pool.sharding.num_devices == 2
+
+
+def test_more_devices_than_kv_heads_give_the_golden_answers(four):
+    check_golden(four)
+    pool = four.runner._cache.pool
+    assert pool.shape[1] == 1 and pool.sharding.num_devices == 4
+
+
+#: Norms over all heads, sinks and biased experts, latent attention and shared experts, recurrent states.
+SOME = ("olmo2", "gpt_oss", "deepseek_v3", "qwen3_next")
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        name if name in SOME else pytest.param(name, marks=pytest.mark.long)
+        for name in sorted(path.name for path in GOLDEN.iterdir())
+    ],
+)
+def test_every_architecture_gives_the_golden_answers(architecture, size):
+    modes = Modes(
+        model=str(GOLDEN / architecture),
+        tensor_parallel_size=size,
+        max_num_seqs=3,
+        token_buckets=(64,),
+        decode_buckets=(),
+        num_pages=40,
+    )
+    check_golden(modes, architecture)
+
+
+@pytest.mark.parametrize("architecture", ["gpt_oss", pytest.param("qwen3_next", marks=pytest.mark.long)])
+def test_whole_experts_on_each_device_give_the_golden_answers(architecture):
+    modes = Modes(
+        model=str(GOLDEN / architecture),
+        tensor_parallel_size=2,
+        enable_expert_parallel=True,
+        max_num_seqs=3,
+        token_buckets=(64,),
+        decode_buckets=(),
+        num_pages=40,
+    )
+    gate_up = modes.runner.weights["layers"][0]["mlp"]["gate_up"]
+    assert gate_up.sharding.shard_shape(gate_up.shape)[0] == gate_up.shape[0] // 2
+    check_golden(modes, architecture)
+
+
+def test_async_is_sync_bit_for_bit_on_several_devices(two):
+    requests = random_requests(21, 30)
+    want = serve(two.engine("sync"), requests)
+    got = serve(two.engine("async", 3), requests, chance=random.Random(22))
+    assert list(map(content, got)) == list(map(content, want))
+
+
+def test_an_orbax_folder_is_restored_to_any_number_of_devices(two, tmp_path):
+    requests = [(prompt, SamplingParams(temperature=0, max_tokens=8)) for prompt, _ in random_requests(23, 3)]
+    want = [output.outputs[0].token_ids for output in serve(two.engine(), requests)]
+    weights = jax.tree_util.tree_leaves_with_path(two.runner.weights)
+    params = {".".join(str(part.key) for part in path): weight for path, weight in weights}
+    orbax_io.save(tmp_path / "copy", params, config=open_checkpoint(two.config.model).config)
+    for size in (1, 4):
+        copy = Modes(model=str(tmp_path / "copy"), tensor_parallel_size=size, **ONE_BUCKET)
+        assert [output.outputs[0].token_ids for output in serve(copy.engine(), requests)] == want
+        assert copy.runner.weights["embed"]["weight"].sharding.num_devices == size
