@@ -16,6 +16,7 @@ COMMANDS = {
     "serve": "Serve a model over HTTP, with the OpenAI protocol.",
     "generate": "Continue prompts given on the command line or in a file.",
     "chat": "Talk to a model in the terminal.",
+    "convert": "Write a model as an Orbax checkpoint, for quick and parallel loading.",
     "bench": "Measure throughput offline; `bench serve` puts load on a server.",
     "replay": "Check that the decisions of a step log are made again.",
     "trace": "Make a trace of requests, or take one from a step log.",

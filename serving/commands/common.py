@@ -25,13 +25,19 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 def engine_flags(*, log_level: str) -> absl_flags.FlagValues:
-    """A flag set with the engine's flags, --log_level and --help."""
+    """A flag set with the engine's flags, and what general_flags has."""
+    flag_values = general_flags(log_level=log_level)
+    flags.define(flag_values, EngineConfig, group="Engine")
+    return flag_values
+
+
+def general_flags(*, log_level: str) -> absl_flags.FlagValues:
+    """A flag set with --help and the log's flags."""
     flag_values = absl_flags.FlagValues()
     here = {"flag_values": flag_values, "module_name": "General"}
     absl_flags.DEFINE_boolean("help", False, "This listing.", short_name="h", **here)
     absl_flags.DEFINE_enum("log_level", log_level, LOG_LEVELS, "Of the log on stderr.", **here)
     absl_flags.DEFINE_enum("log_format", "text", logs.FORMATS, "Lines of text, or one JSON object each.", **here)
-    flags.define(flag_values, EngineConfig, group="Engine")
     return flag_values
 
 
