@@ -6,9 +6,11 @@ The real engine, scheduler and batch builder run at full speed against a device 
 sequence decodes and none ends. `churn`: sequences end after `--output` tokens, at staggered times, and a new one takes
 the place of each, so that joining, paging and leaving are part of the cost. `commit` includes making the outputs, but
 no text: there is no tokenizer. `waiting`: churn of 256 running sequences with that many more in line, and under each
-policy with the longest line.
+policy with the longest line. `idle`: processor time of an engine without work, and how long a request to it takes from
+the caller's coroutine to its first token and back, over a device that answers at once.
 """
 
+import asyncio
 import dataclasses
 import gc
 import itertools
@@ -19,6 +21,7 @@ from typing import Any
 from absl import flags
 
 from benchmarks import program, report
+from jax_engine.async_engine import AsyncEngine
 from jax_engine.config import SCHEDULING_POLICIES, EngineConfig, Limits, resolve
 from jax_engine.engine import Engine
 from jax_engine.metrics import PHASES
@@ -29,6 +32,7 @@ from jax_engine.testing.fake_runner import FakeRunner
 WARMUP_STEPS = 20
 NUM_RUNNING_BESIDE_LINE = 256
 NUM_USERS = 50
+IDLE_REQUESTS = 200
 MAX_NUM_BATCHED_TOKENS = 8192
 US = 1e6
 #: Only its number of positions has a part in scheduling.
@@ -144,6 +148,30 @@ def measure(
     return {name: report.percentiles(sample[name] for sample in samples) for name in samples[0]}
 
 
+def measure_idle() -> dict[str, Any]:
+    """Share of a core that an idle engine takes, and microseconds until it has answered a request of one token."""
+    limits = make_limits(4, 64, 2)
+    runner = FakeRunner(limits, check=False)
+    config = EngineConfig()
+    engine = AsyncEngine(config, Engine(runner, None, vocab_size=runner.vocab_size, eos_token_ids=(), config=config))
+
+    async def answers() -> list[float]:
+        times = []
+        for _ in range(IDLE_REQUESTS):
+            await asyncio.sleep(0.005)  # long enough to fall asleep
+            start = time.perf_counter()
+            async for _ in engine.generate([1], SamplingParams(max_tokens=1)):
+                times.append((time.perf_counter() - start) * US)
+        return times
+
+    times = asyncio.run(answers())
+    busy, wall = time.process_time(), time.perf_counter()
+    time.sleep(1.0)
+    share = (time.process_time() - busy) / (time.perf_counter() - wall)
+    engine.shutdown()
+    return {"core_share": share, "us_to_answer": report.percentiles(times)}
+
+
 def main(argv: Sequence[str]) -> int:
     """Runs the benchmark; argv[0] is the program's name. Returns the exit status.
 
@@ -170,9 +198,12 @@ def main(argv: Sequence[str]) -> int:
         results["waiting"][f"{num_waiting}, {policy}"] = case
         medians = [f"{case[name]['p50']:.0f}" for name in (*PHASES, "total")]
         rows.append([f"{num_waiting} waiting, {policy}", *medians, f"{case['total']['p99']:.0f}"])
+    idle = measure_idle()
     print(report.table(rows))
+    answer = idle["us_to_answer"]
+    print(f"idle: {idle['core_share']:.2%} of a core; an answer takes {answer['p50']:.0f} us (p99 {answer['p99']:.0f})")
     if flag_values["out"].value:
-        fields = {"settings": dataclasses.asdict(settings), "us_per_turn": results}
+        fields = {"settings": dataclasses.asdict(settings), "us_per_turn": results, "idle": idle}
         report.write(flag_values["out"].value, report.document("benchmarks.scheduler_host", argv, **fields))
     return 0
 
