@@ -306,7 +306,7 @@ class StepLog:
 def decision(schedule: Schedule) -> dict[str, Any]:
     """A schedule's fields as plain values, sequences by their number."""
     fields = {name: _plain(getattr(schedule, name)) for name in schedule._fields if name != "rows"}
-    fields["rows"] = [[row[0].order, *row[1:]] for row in schedule.rows]
+    fields["rows"] = [(row[0].order, *row[1:]) for row in schedule.rows]
     return fields
 
 

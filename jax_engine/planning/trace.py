@@ -124,8 +124,27 @@ def lengths(mean: float, spread: float, count: int, chance: np.random.Generator)
     return np.clip(np.rint(drawn), 1, MAX_TOKENS).astype(int).tolist()
 
 
+class _Workload(msgspec.Struct):
+    """The part of a workload file (see benchmarks/workloads) that a trace needs."""
+
+    requests: Annotated[list[tuple[_Count, _Count]], msgspec.Meta(min_length=1, max_length=MAX_REQUESTS)]
+
+
+def lengths_of_workload(path: str) -> tuple[list[int], list[int]]:
+    """Prompt and output lengths of a workload file.
+
+    Raises:
+        TraceError: it is none.
+    """
+    try:
+        pairs = msgspec.json.decode(Path(path).read_bytes(), type=_Workload).requests
+    except (OSError, msgspec.MsgspecError) as error:
+        raise TraceError(f"workload {path!r} cannot be read: {error}") from None
+    return [prompt for prompt, _ in pairs], [output for _, output in pairs]
+
+
 def poisson(rate: float, count: int, chance: np.random.Generator) -> list[float]:
-    """Arrival times of independent requests, `rate` a second; the first at 0."""
+    """Arrival times of independent requests, `rate` a second (infinite: all at once); the first at 0."""
     return np.round(np.cumsum([0.0, *chance.exponential(1 / rate, count - 1)]), 6).tolist()
 
 
