@@ -190,21 +190,7 @@ def from_log(log: LogReader) -> list[TraceRequest]:
     Prompts that begin with the same tokens form a prefix group; what a request shares is counted against the group's
     first prompt, so the growing history of one conversation is shared only as far as that goes.
     """
-    added: dict[int, Added] = {}
-    outputs: dict[int, int] = {}
-    stopped: set[int] = set()
-    rows: dict[int, list[list]] = {}
-    for event in log:
-        match event:
-            case Added():
-                for number, *_ in event.sequences:
-                    added[number], outputs[number] = event, 0
-            case Step() if event.bucket is not None:
-                rows[event.number] = event.decision["rows"]
-            case Done():
-                _count_outputs(rows.pop(event.number), event.tokens, added, outputs, stopped)
-            case Ended():
-                stopped.add(event.sequence)
+    added, outputs, stopped = _read_outputs(log)
     if not added:
         return []
     start = min(event.request.arrival_time for event in added.values())
@@ -227,6 +213,26 @@ def from_log(log: LogReader) -> list[TraceRequest]:
                 )
             )
     return sorted(requests, key=lambda request: request.arrival_s)
+
+
+def _read_outputs(log: LogReader) -> tuple[dict[int, Added], dict[int, int], set[int]]:
+    """By sequence: its request and its number of output tokens; and which ended by a stop."""
+    added: dict[int, Added] = {}
+    outputs: dict[int, int] = {}
+    stopped: set[int] = set()
+    rows: dict[int, list[list]] = {}
+    for event in log:
+        match event:
+            case Added():
+                for number, *_ in event.sequences:
+                    added[number], outputs[number] = event, 0
+            case Step() if event.bucket is not None:
+                rows[event.number] = event.decision["rows"]
+            case Done():
+                _count_outputs(rows.pop(event.number), event.tokens, added, outputs, stopped)
+            case Ended():
+                stopped.add(event.sequence)
+    return added, outputs, stopped
 
 
 def _count_outputs(
