@@ -3,13 +3,15 @@
     python -m benchmarks.prediction --logs=FOLDER --record           # runs the engine, in real time
     python -m benchmarks.prediction --logs=FOLDER --out=FILE.json    # fits, simulates, compares
 
-The cost model is fitted from the step logs of a calibration trace that runs before each of the others; those are not
-fitted on. Recording and comparing are apart so that the machine has to be quiet only for the first. A prediction is
-within bounds if throughput is off by at most 10 %, and the median and the 99th percentile of the time to first token
-by at most 25 %.
+A trace is predicted with a cost model fitted from a calibration trace that runs before and after it, never from its own
+log. Recording and comparing are apart, and --traces chooses, so that the machine has to be quiet only for a minute at
+a time. A prediction is within bounds if throughput is off by at most 10 %, and the median and the 99th percentile of
+the time to first token by at most 25 %.
 """
 
+import dataclasses
 import json
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +27,7 @@ from jax_engine.config import EngineConfig
 from jax_engine.engine import Engine
 from jax_engine.planning import cost_model, trace
 from jax_engine.planning.simulator import simulate
-from jax_engine.planning.traffic import drive, figures
+from jax_engine.planning.traffic import Figures, drive, figures
 from jax_engine.step_log import LogReader, StepLog
 
 CALIBRATION = "calibration"
@@ -86,49 +88,86 @@ class Recorder:
         checkpoint = open_checkpoint(self.config.model)
         self.runner = ModelRunner(self.config, checkpoint)
 
-    def run(self, name: str, requests: Sequence[trace.TraceRequest], log_name: str) -> None:
-        """One trace in real time; leaves its step log and its figures in the folder."""
+    def run(self, requests: Sequence[trace.TraceRequest], name: str) -> None:
+        """One trace in real time; leaves its step log and what it showed in the folder."""
         from jax_engine.start import log_header
 
-        log = StepLog(header=log_header(self.config, self.runner), path=str(self.folder / f"{log_name}.log"))
+        log = StepLog(header=log_header(self.config, self.runner), path=str(self.folder / f"{name}.log"))
         vocab_size = self.runner.model_config.vocab_size
         engine = Engine(self.runner, None, vocab_size=vocab_size, eos_token_ids=(), config=self.config, step_log=log)
         prompts = list(trace.prompts(requests, vocab_size))
+        before = CpuTime.now()
         seen = drive(engine, requests, prompts, lambda moment: time.sleep(max(0.0, moment - time.monotonic())))
+        others = CpuTime.now().share_of_others(before)
         log.close()
-        found = figures(seen)
-        (self.folder / f"{log_name}.figures.json").write_bytes(msgspec.json.encode(found))
-        print(f"{name}: {found.duration_s:.1f} s, {found.output_tok_per_s:.1f} output tok/s", flush=True)
+        found = Real(figures(seen), others)
+        (self.folder / f"{name}.json").write_bytes(msgspec.json.encode(found))
+        print(
+            f"{name}: {found.figures.duration_s:.1f} s, {found.figures.output_tok_per_s:.1f} output tok/s, "
+            f"{others:.0%} of the processor taken by others",
+            flush=True,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Real:
+    """What a real run showed, and the share of the machine's processor time that other processes took meanwhile."""
+
+    figures: Figures
+    others: float
+
+
+@dataclasses.dataclass(frozen=True)
+class CpuTime:
+    """Processor seconds of this process and of all, so that a disturbed measurement can be told."""
+
+    own: float
+    busy: float
+    total: float
+
+    @classmethod
+    def now(cls) -> "CpuTime":
+        """As /proc/stat has it."""
+        fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        tick = os.sysconf("SC_CLK_TCK")
+        times = os.times()
+        return cls(times.user + times.system, (sum(fields) - fields[3] - fields[4]) / tick, sum(fields) / tick)
+
+    def share_of_others(self, before: "CpuTime") -> float:
+        """Of the time since `before`."""
+        others = (self.busy - before.busy) - (self.own - before.own)
+        return max(0.0, others) / max(self.total - before.total, 1e-9)
 
 
 def record(folder: Path, options: dict[str, Any]) -> None:
-    """Runs each trace, and the calibration trace before each."""
+    """Runs each trace, and the calibration trace before and after it."""
     folder.mkdir(parents=True, exist_ok=True)
     recorder = Recorder(folder, options["model"], options["scheduling"])
     calibration = make_trace(CALIBRATION, options["rate"], options["seconds"] / 2)
-    recorder.run("warm-up", calibration[:3], "warm-up")
-    for number, name in enumerate(options["traces"]):
+    recorder.run(calibration[:3], "warm-up")
+    for name in options["traces"]:
         requests = make_trace(name, options["rate"], options["seconds"])
         trace.write(str(folder / f"{name}.trace"), requests)
-        recorder.run(CALIBRATION, calibration, f"{CALIBRATION}-{number}")
-        recorder.run(name, requests, name)
-    recorder.run(CALIBRATION, calibration, f"{CALIBRATION}-{len(options['traces'])}")
+        recorder.run(calibration, f"{name}-{CALIBRATION}-before")
+        recorder.run(requests, name)
+        recorder.run(calibration, f"{name}-{CALIBRATION}-after")
 
 
 def compare(folder: Path, names: Sequence[str]) -> dict[str, Any]:
     """Prediction and reality of each trace, and how far they are apart."""
-    model = cost_model.fit([LogReader(str(path)) for path in sorted(folder.glob(f"{CALIBRATION}-*.log"))])
     results = {}
     for name in names:
+        logs = [str(folder / f"{name}-{CALIBRATION}-{when}.log") for when in ("before", "after")]
+        model = cost_model.fit([LogReader(log) for log in logs])
         requests = trace.read(str(folder / f"{name}.trace"))
-        real = json.loads((folder / f"{name}.figures.json").read_text())
+        real = json.loads((folder / f"{name}.json").read_text())
         predicted = msgspec.to_builtins(simulate(requests, model))
-        errors = {
-            figure: _flat(predicted["figures"])[figure] / value - 1 for figure, value in _flat(real).items() if value
-        }
+        flat = _flat(predicted["figures"])
+        errors = {figure: flat[figure] / value - 1 for figure, value in _flat(real["figures"]).items() if value}
         within = {figure: abs(errors[figure]) <= bound for figure, bound in BOUNDS.items()}
         results[name] = {"real": real, "predicted": predicted, "error": errors, "within_bounds": within}
-    return {"cost_model": msgspec.to_builtins(model), "traces": results}
+        results[name]["cost_model"] = msgspec.to_builtins(model)
+    return results
 
 
 def _flat(found: dict[str, Any]) -> dict[str, float]:
@@ -141,10 +180,10 @@ def _flat(found: dict[str, Any]) -> dict[str, float]:
 def table(results: dict[str, Any]) -> str:
     """Real, predicted and error, figure by figure."""
     rows = [["", *(f"{name} {what}" for name in results for what in ("real", "predicted", "error"))]]
-    for figure in _flat(next(iter(results.values()))["real"]):
+    for figure in _flat(next(iter(results.values()))["real"]["figures"]):
         cells = []
         for result in results.values():
-            real, predicted = _flat(result["real"])[figure], _flat(result["predicted"]["figures"])[figure]
+            real, predicted = _flat(result["real"]["figures"])[figure], _flat(result["predicted"]["figures"])[figure]
             cells += [f"{real:.1f}", f"{predicted:.1f}", f"{result['error'].get(figure, 0.0):+.1%}"]
         rows.append([figure.replace("_", " "), *cells])
     return report.table(rows)
@@ -165,10 +204,10 @@ def main(argv: Sequence[str]) -> int:
         record(folder, options)
         return 0
     found = compare(folder, options["traces"])
-    print(table(found["traces"]))
+    print(table(found))
     if options["out"]:
-        within = all(all(result["within_bounds"].values()) for result in found["traces"].values())
-        document = report.document("benchmarks.prediction", argv, bounds=BOUNDS, within_bounds=within, **found)
+        within = all(all(result["within_bounds"].values()) for result in found.values())
+        document = report.document("benchmarks.prediction", argv, bounds=BOUNDS, within_bounds=within, traces=found)
         report.write(options["out"], document)
     return 0
 

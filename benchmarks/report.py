@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from jax_engine.text_table import table as table
+
 ROOT = Path(__file__).resolve().parent.parent
 PERCENTILES = (50, 90, 99)
 
@@ -58,16 +60,6 @@ def write(path: str, results: Mapping[str, Any]) -> None:
     partial.write_text(json.dumps(results, indent=1, sort_keys=False) + "\n")
     partial.replace(target)
     print(f"wrote {target}")
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns lined up, the first to the left and the others to the right; the first row is the heading."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for name, *cells in rows:
-        aligned = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
-        lines.append("  ".join([name.ljust(widths[0]), *aligned]))
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 def _version(name: str) -> str | None:

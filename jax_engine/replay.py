@@ -79,7 +79,7 @@ class Replay:
     def _step(self, event: Step) -> Difference | None:
         schedule = self.scheduler.schedule(event.decision["time"])
         self.num_decisions += 1
-        replayed = decision(schedule)
+        replayed = msgspec.json.decode(msgspec.json.encode(decision(schedule)))  # as a log would have it
         if schedule.rows:
             self.num_steps += 1
             self._schedules[event.number] = schedule

@@ -181,6 +181,9 @@ class StepLog:
     def timed(self, phase: str, began: float, ended: float) -> None:
         """Notes a phase of this turn (see metrics.PHASES)."""
         self._phases[phase] = began, ended
+        if phase == "commit" and self._turn:
+            done = next(event for event in reversed(self._turn) if isinstance(event, Done))
+            done.commit = ended - began  # it was noted before what its commit brought about
 
     def added(self, request: Request, sequences: Iterable[Sequence]) -> None:
         """Notes a request that the scheduler has taken in."""
@@ -251,9 +254,6 @@ class StepLog:
             idle: the engine has no work left, so that there is time to reach the disk.
         """
         for event in self._turn:
-            if isinstance(event, Done):
-                began, ended = self._phases.get("commit", (0.0, 0.0))
-                event.commit = ended - began
             line = self._encode(event)
             if isinstance(event, Step) and event.bucket is not None:
                 self._steps.append((event.number, line))
@@ -306,7 +306,7 @@ class StepLog:
 def decision(schedule: Schedule) -> dict[str, Any]:
     """A schedule's fields as plain values, sequences by their number."""
     fields = {name: _plain(getattr(schedule, name)) for name in schedule._fields if name != "rows"}
-    fields["rows"] = [[row[0].order, *row[1:]] for row in schedule.rows]
+    fields["rows"] = [(row[0].order, *row[1:]) for row in schedule.rows]
     return fields
 
 

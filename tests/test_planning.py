@@ -111,6 +111,16 @@ def test_prefix_groups_share_their_beginning_and_nothing_else():
             assert (prompt[:50] == others[:50]) == same
 
 
+def test_a_workload_becomes_a_trace(tmp_path, capsys):
+    work, out = tmp_path / "work.json", str(tmp_path / "t")
+    work.write_text('{"name": "w", "requests": [[5, 6], [7, 8]]}')
+    assert main(["trace", "--workload", str(work), "--rate=inf", "--out", out]) == 0
+    assert [(r.arrival_s, r.prompt_tokens, r.output_tokens) for r in trace.read(out)] == [(0, 5, 6), (0, 7, 8)]
+    work.write_text('{"requests": []}')
+    assert main(["trace", "--workload", str(work), "--out", out]) == 1
+    assert "length >= 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

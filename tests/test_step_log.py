@@ -10,8 +10,10 @@ import pytest
 from jax_engine.config import EngineConfig, ModelConfig, resolve
 from jax_engine.engine import Engine
 from jax_engine.errors import ConfigError
+from jax_engine.planning import cost_model
 from jax_engine.replay import Replay
 from jax_engine.sampling_params import SamplingParams
+from jax_engine.start import log_header
 from jax_engine.step_log import Header, LogError, LogReader, StepLog
 from jax_engine.testing.byte_tokenizer import ByteTokenizer
 from jax_engine.testing.fake_runner import FakeRunner
@@ -265,3 +267,17 @@ def test_requests_keep_everything_but_their_text(tmp_path):
     assert "secret" not in path.read_text()
     (added,) = (event for event in LogReader(str(path)) if hasattr(event, "request"))
     assert added.request == dataclasses.replace(request, prompt=None)
+
+
+def test_a_real_model_writes_a_log_that_replays(tmp_path, one_bucket):
+    path = str(tmp_path / "log")
+    engine = one_bucket.engine("async", num_pages=20)
+    engine.step_log = StepLog(header=log_header(one_bucket.config, one_bucket.runner), path=path)
+    run(engine, seed=8, count=12)
+    engine.step_log.close()
+    log = LogReader(path)
+    assert log.header.limits == engine.limits and log.header.platform == "cpu"
+    replay = Replay(log)
+    assert replay.run() is None and replay.num_requests == 12
+    model = cost_model.fit([LogReader(path)])
+    assert model.num_steps == replay.num_steps and model.buckets[0].bucket.num_tokens == 24

@@ -1,23 +1,14 @@
 """What the planning commands print: tables of costs, predictions and plans."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from jax_engine.planning.cost_model import CostModel
 from jax_engine.planning.planner import Plan, describe
 from jax_engine.planning.simulator import Prediction
+from jax_engine.text_table import table
 
 _MS = 1e3
 _NS = 1e9
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns lined up, the first to the left and the others to the right; the first row is the heading."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for name, *cells in rows:
-        aligned = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
-        lines.append("  ".join([name.ljust(widths[0]), *aligned]))
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 def cost_table(model: CostModel) -> str:

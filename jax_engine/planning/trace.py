@@ -124,8 +124,27 @@ def lengths(mean: float, spread: float, count: int, chance: np.random.Generator)
     return np.clip(np.rint(drawn), 1, MAX_TOKENS).astype(int).tolist()
 
 
+class _Workload(msgspec.Struct):
+    """The part of a workload file (see benchmarks/workloads) that a trace needs."""
+
+    requests: Annotated[list[tuple[_Count, _Count]], msgspec.Meta(min_length=1, max_length=MAX_REQUESTS)]
+
+
+def lengths_of_workload(path: str) -> tuple[list[int], list[int]]:
+    """Prompt and output lengths of a workload file.
+
+    Raises:
+        TraceError: it is none.
+    """
+    try:
+        pairs = msgspec.json.decode(Path(path).read_bytes(), type=_Workload).requests
+    except (OSError, msgspec.MsgspecError) as error:
+        raise TraceError(f"workload {path!r} cannot be read: {error}") from None
+    return [prompt for prompt, _ in pairs], [output for _, output in pairs]
+
+
 def poisson(rate: float, count: int, chance: np.random.Generator) -> list[float]:
-    """Arrival times of independent requests, `rate` a second; the first at 0."""
+    """Arrival times of independent requests, `rate` a second (infinite: all at once); the first at 0."""
     return np.round(np.cumsum([0.0, *chance.exponential(1 / rate, count - 1)]), 6).tolist()
 
 
@@ -171,21 +190,7 @@ def from_log(log: LogReader) -> list[TraceRequest]:
     Prompts that begin with the same tokens form a prefix group; what a request shares is counted against the group's
     first prompt, so the growing history of one conversation is shared only as far as that goes.
     """
-    added: dict[int, Added] = {}
-    outputs: dict[int, int] = {}
-    stopped: set[int] = set()
-    rows: dict[int, list[list]] = {}
-    for event in log:
-        match event:
-            case Added():
-                for number, *_ in event.sequences:
-                    added[number], outputs[number] = event, 0
-            case Step() if event.bucket is not None:
-                rows[event.number] = event.decision["rows"]
-            case Done():
-                _count_outputs(rows.pop(event.number), event.tokens, added, outputs, stopped)
-            case Ended():
-                stopped.add(event.sequence)
+    added, outputs, stopped = _read_outputs(log)
     if not added:
         return []
     start = min(event.request.arrival_time for event in added.values())
@@ -208,6 +213,26 @@ def from_log(log: LogReader) -> list[TraceRequest]:
                 )
             )
     return sorted(requests, key=lambda request: request.arrival_s)
+
+
+def _read_outputs(log: LogReader) -> tuple[dict[int, Added], dict[int, int], set[int]]:
+    """By sequence: its request and its number of output tokens; and which ended by a stop."""
+    added: dict[int, Added] = {}
+    outputs: dict[int, int] = {}
+    stopped: set[int] = set()
+    rows: dict[int, list[list]] = {}
+    for event in log:
+        match event:
+            case Added():
+                for number, *_ in event.sequences:
+                    added[number], outputs[number] = event, 0
+            case Step() if event.bucket is not None:
+                rows[event.number] = event.decision["rows"]
+            case Done():
+                _count_outputs(rows.pop(event.number), event.tokens, added, outputs, stopped)
+            case Ended():
+                stopped.add(event.sequence)
+    return added, outputs, stopped
 
 
 def _count_outputs(

@@ -19,8 +19,9 @@ def run(argv: Sequence[str]) -> int:
     absl_flags.DEFINE_enum("kind", "poisson", _KINDS, kinds, **here)
     absl_flags.DEFINE_string("out", None, "Trace to write (JSONL).", **here)
     absl_flags.DEFINE_string("log", None, "Step log to read, for --kind=log.", **here)
+    absl_flags.DEFINE_string("workload", None, "File of lengths to take (see benchmarks/workloads).", **here)
     absl_flags.DEFINE_integer("requests", 1000, "How many.", lower_bound=1, upper_bound=1_000_000, **here)
-    absl_flags.DEFINE_float("rate", 1.0, "Requests a second.", lower_bound=1e-6, **here)
+    absl_flags.DEFINE_float("rate", 1.0, "Requests a second; inf: all at once.", lower_bound=1e-6, **here)
     absl_flags.DEFINE_integer("burst", 10, "Requests of a burst, on average.", lower_bound=1, **here)
     absl_flags.DEFINE_float("prompt_tokens", 200, "Mean of prompts, without a shared prefix.", lower_bound=1, **here)
     absl_flags.DEFINE_float("output_tokens", 100, "Mean of outputs.", lower_bound=1, **here)
@@ -63,11 +64,13 @@ def _made_up(options: dict[str, Any]) -> list:
 
     chance = np.random.default_rng(options["seed"])
     count, rate = options["requests"], options["rate"]
+    known = trace.lengths_of_workload(options["workload"]) if options["workload"] else None
+    count = len(known[0]) if known else count
     if options["kind"] == "bursty":
         arrivals = trace.bursty(rate, count, options["burst"], chance)
     else:
         arrivals = trace.poisson(rate, count, chance)
-    prompts, outputs = (
+    prompts, outputs = known or (
         trace.lengths(options[name], options["spread"], count, chance) for name in ("prompt_tokens", "output_tokens")
     )
     return trace.make(
