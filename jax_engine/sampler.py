@@ -5,6 +5,7 @@ batch nobody uses it in does not pay for it, and no combination of settings comp
 back, never keeps state, and never looks at a row's slot or neighbours: randomness is a function of seed and position.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -199,11 +200,10 @@ def _penalize(logits, inputs):
     at = jnp.arange(inputs.history.shape[1], dtype=jnp.int32)
     known = (at < inputs.position[:, None]) & (inputs.history >= 0)
     output = known & (at >= inputs.prompt_len[:, None])
-    rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
 
     def count(which):
         ids = jnp.where(which, inputs.history, vocab_size)
-        return jnp.zeros((batch, vocab_size), jnp.int32).at[rows, ids].add(1, mode="drop")
+        return _scatter("add", jnp.zeros((batch, vocab_size), jnp.int32), ids, jnp.ones_like(ids))
 
     counts = count(output)
     seen = (count(known & ~output) > 0) | (counts > 0)
@@ -215,23 +215,39 @@ def _penalize(logits, inputs):
 
 def _adjust(logits, inputs):
     """Logits plus each row's adjustments that are in force at its position."""
-    batch, vocab_size = logits.shape
     in_force = (inputs.adjust_ids >= 0) & (inputs.position[:, None] < inputs.adjust_until)
-    ids = jnp.where(in_force, inputs.adjust_ids, vocab_size)
-    rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
-    return logits.at[rows, ids].add(inputs.adjust_values, mode="drop")
+    return _scatter("add", logits, jnp.where(in_force, inputs.adjust_ids, logits.shape[1]), inputs.adjust_values)
+
+
+def _scatter(method, target, ids, values):
+    """target [B, V] after `add` or `set` of values [B, A] at ids [B, A]; an id past the vocabulary changes nothing."""
+    # A TPU sorts the indices of a large scatter, and takes minutes to compile the sort; not so for those of one row.
+    return jax.lax.platform_dependent(
+        target,
+        ids,
+        values,
+        tpu=functools.partial(_scatter_by_row, method),
+        default=functools.partial(_scatter_at_once, method),
+    )
+
+
+def _scatter_at_once(method, target, ids, values):
+    rows = jnp.arange(ids.shape[0], dtype=jnp.int32)[:, None]
+    return getattr(target.at[rows, ids], method)(values, mode="drop")
+
+
+def _scatter_by_row(method, target, ids, values):
+    return jax.lax.map(lambda row: getattr(row[0].at[row[1]], method)(row[2], mode="drop"), (target, ids, values))
 
 
 def _ban(logits, inputs):
     """Logits without the tokens that would complete one of a row's bans."""
-    batch, vocab_size = logits.shape
     before, last = inputs.bans[:, :, :-1], inputs.bans[:, :, -1]
     at = inputs.position[:, None] - before.shape[2] + jnp.arange(before.shape[2], dtype=jnp.int32)
     tail = jnp.take_along_axis(inputs.history, jnp.maximum(at, 0), axis=1)
     tail = jnp.where(at >= inputs.prompt_len[:, None], tail, -2)  # only the output counts
     completes = ((before == tail[:, None]) | (before < 0)).all(axis=-1) & (last >= 0)
-    rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
-    return logits.at[rows, jnp.where(completes, last, vocab_size)].set(-jnp.inf, mode="drop")
+    return _scatter("set", logits, jnp.where(completes, last, logits.shape[1]), jnp.full(last.shape, -jnp.inf))
 
 
 def _mask(logits, inputs):

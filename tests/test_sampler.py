@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_engine import sampler
 from jax_engine.sampler import Feature, SamplingInputs, _least_weight, prompt_logprobs, sample
 
 V, S, A, B = 61, 24, 6, 6
@@ -334,3 +335,13 @@ def test_prompt_logprobs_hold_one_block_of_logits():
     hidden = jax.ShapeDtypeStruct((rows, 16), jnp.float32)
     compiled = jax.jit(score).lower(hidden, head, jax.ShapeDtypeStruct((rows,), jnp.int32)).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 6 * 64 * vocab_size * 4
+
+
+@pytest.mark.parametrize("method", ["add", "set"])
+def test_scatter_row_by_row_is_scatter_at_once(method):
+    rng = np.random.default_rng(3)
+    target = jnp.asarray(rng.integers(0, 9, (5, 40)), jnp.int32)
+    ids = jnp.asarray(rng.integers(0, 44, (5, 60)), jnp.int32)  # some past the end, many twice
+    values = jnp.full((5, 60), 7, jnp.int32)
+    ways = [way(method, target, ids, values) for way in (sampler._scatter_at_once, sampler._scatter_by_row)]
+    np.testing.assert_array_equal(*ways)

@@ -31,7 +31,8 @@ pytestmark = pytest.mark.skipif(
 
 #: One chip of each generation, the oldest that is tested first.
 CHIPS = ("v5e:1x1", "v6e:1x1", "v5p:1x1x1", "tpu7x:1x1x1")
-LAYERS, PAGES, PAGE_SIZE, WIDTH = 3, 2048, 16, 256
+#: The page table is that of the default limits: 256 rows of 8,192 tokens, half of the scalar memory.
+LAYERS, PAGES, PAGE_SIZE, WIDTH = 3, 4096, 16, 512
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -83,7 +84,7 @@ def check_op(*args, **options):
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_decode_compiles_in_place(chip):
-    check_op(chip, SHAPES["llama-8b"], 64, 64, True)
+    check_op(chip, SHAPES["llama-8b"], 256, 256, True)
 
 
 @pytest.mark.parametrize(
