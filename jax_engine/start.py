@@ -14,13 +14,16 @@ from jax_engine.errors import ConfigError
 from jax_engine.model_runner import ModelRunner, count_compilations
 from jax_engine.models.shapes import NAMED_SHAPES
 from jax_engine.step_log import Header, StepLog
-from jax_engine.tokenizer import load_tokenizer
+from jax_engine.tokenizer import Tokenizer, load_tokenizer
 
 _log = logging.getLogger(__name__)
 
 
-def start_engine(config: EngineConfig) -> Engine:
+def start_engine(config: EngineConfig, tokenizer: Tokenizer | None = None) -> Engine:
     """Builds an engine; blocks until every step is compiled.
+
+    Args:
+        tokenizer: in place of the checkpoint's own.
 
     Raises:
         ConfigError: the configuration or the model cannot be run.
@@ -50,9 +53,9 @@ def start_engine(config: EngineConfig) -> Engine:
     step_log = StepLog(header=log_header(config, runner), path=config.step_log, max_bytes=config.step_log_max_mib << 20)
     engine = Engine(
         runner,
-        load_tokenizer(checkpoint),
+        tokenizer or load_tokenizer(checkpoint),
         vocab_size=runner.model_config.vocab_size,
-        eos_token_ids=checkpoint.eos_token_ids,
+        eos_token_ids=checkpoint.eos_token_ids or (tokenizer.eos_token_ids if tokenizer else ()),
         config=config,
         step_log=step_log,
     )
