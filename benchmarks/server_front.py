@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import uvloop
 from absl import flags
 from aiohttp import web
 
@@ -116,6 +117,7 @@ async def measure(num_streams: int, endpoint: str, step_s: float, seconds: float
         "received_tokens_per_s": received["tokens"] / received["seconds"],
         "reads_per_s": received["reads"] / received["seconds"],
         "server_cpu_share": cpu / wall,
+        "received_tokens_per_server_cpu_s": received["tokens"] / received["seconds"] / (cpu / wall),
         "client_cpu_share": received["cpu_s"] / received["seconds"],
     }
 
@@ -126,7 +128,7 @@ def _cpu_s() -> float:
 
 
 def _clients(pipe, port: int, num_streams: int, endpoint: str, seconds: float) -> None:
-    asyncio.run(_run_clients(pipe, port, num_streams, endpoint, seconds))
+    uvloop.run(_run_clients(pipe, port, num_streams, endpoint, seconds))
 
 
 async def _run_clients(pipe, port: int, num_streams: int, endpoint: str, seconds: float) -> None:
@@ -172,12 +174,12 @@ def main(argv: Sequence[str]) -> int:
     rows = []
     for endpoint in options["endpoint"]:
         for streams in map(int, options["streams"]):
-            rows.append(asyncio.run(measure(streams, endpoint, options["step_ms"] / 1e3, options["seconds"])))
+            rows.append(uvloop.run(measure(streams, endpoint, options["step_ms"] / 1e3, options["seconds"])))
             row = rows[-1]
             print(
                 f"{endpoint:12} {streams:5} streams: offered {row['offered_tokens_per_s']:8.0f} tok/s, "
                 f"received {row['received_tokens_per_s']:8.0f}, server {row['server_cpu_share']:.2f} cores, "
-                f"clients {row['client_cpu_share']:.2f}",
+                f"clients {row['client_cpu_share']:.2f}, {row['received_tokens_per_server_cpu_s']:.0f} tok per CPU s",
                 flush=True,
             )
     if options["out"]:

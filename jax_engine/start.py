@@ -15,15 +15,18 @@ from jax_engine.group import Follower, LeadingRunner, join
 from jax_engine.model_runner import ModelRunner, count_compilations
 from jax_engine.models.shapes import NAMED_SHAPES
 from jax_engine.step_log import Header, StepLog
-from jax_engine.tokenizer import load_tokenizer
+from jax_engine.tokenizer import Tokenizer, load_tokenizer
 
 _log = logging.getLogger(__name__)
 
 
-def start_engine(config: EngineConfig) -> Engine:
+def start_engine(config: EngineConfig, tokenizer: Tokenizer | None = None) -> Engine:
     """Builds an engine; blocks until every step is compiled.
 
     In a process that follows another, blocks until that one ends, and then ends this one too.
+
+    Args:
+        tokenizer: in place of the checkpoint's own.
 
     Raises:
         SystemExit: in a process that follows, at the end.
@@ -59,9 +62,9 @@ def start_engine(config: EngineConfig) -> Engine:
     step_log = StepLog(header=log_header(config, runner), path=config.step_log, max_bytes=config.step_log_max_mib << 20)
     engine = Engine(
         runner if group is None else LeadingRunner(runner, group),
-        load_tokenizer(checkpoint),
+        tokenizer or load_tokenizer(checkpoint),
         vocab_size=runner.model_config.vocab_size,
-        eos_token_ids=checkpoint.eos_token_ids,
+        eos_token_ids=checkpoint.eos_token_ids or (tokenizer.eos_token_ids if tokenizer else ()),
         config=config,
         step_log=step_log,
     )
