@@ -107,7 +107,7 @@ class ModelRunner:
         arrays = (
             dummy(wanted, config.seed)
             if config.load_format == "dummy"
-            else load(checkpoint, wanted, ignore=self._program.ignored_tensors)
+            else load(self._program.renamed(checkpoint), wanted, ignore=self._program.ignored_tensors)
         )
         self.weight_bytes = sum(array.nbytes for array in arrays.values())
         self.weights = nested(arrays)

@@ -4,6 +4,7 @@ model_runner.py makes one for its own device, then loads the weights that it nam
 device on paper. Both so compile the same steps. It puts nothing on a device.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from checkpoints.formats import Checkpoint
 from checkpoints.weight_map import Wanted
 from jax_engine.batch import Adjustments, BatchLayout, no_adjustments
 from jax_engine.buckets import Bucket
@@ -53,11 +55,19 @@ class ModelProgram:
         self._graph, state = nnx.split(abstract)
         self.wanted = _wanted(state, model.weight_map(model_config), self.mesh)
         self.ignored_tensors = model.IGNORED_TENSORS
+        self._tensor_name = model.tensor_name
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights, over all devices."""
         return sum(int(np.prod(want.shape)) * jnp.dtype(want.dtype).itemsize for want in self.wanted.values())
+
+    def renamed(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The checkpoint with its tensors under the names that `wanted` has for them."""
+        if checkpoint.format == "orbax":
+            return checkpoint
+        tensors = {self._tensor_name(name): info for name, info in checkpoint.tensors.items()}
+        return dataclasses.replace(checkpoint, tensors=tensors)
 
     def page_bytes(self, page_size: int) -> int:
         """Bytes of one page of the KV cache over all layers."""

@@ -45,6 +45,12 @@ def test_weight_map_is_complete_both_ways(folder: str) -> None:
     assert wanted == {name: stored[name] for name in stored if name in wanted or name not in ignored}
 
 
+def test_gpt2_of_the_first_release_has_no_prefix() -> None:
+    model = ARCHITECTURES["GPT2LMHeadModel"]
+    stored = open_checkpoint(str(TINY / "gpt2")).tensors
+    assert [model.tensor_name(name.removeprefix("transformer.")) for name in stored] == list(stored)
+
+
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_no_field_of_a_saved_config_is_unknown(folder: str, caplog) -> None:
     with caplog.at_level(logging.WARNING):
