@@ -120,6 +120,7 @@ class ModelConfig:
         logits_divisor: what the logits are divided by.
         mla: attention is latent; num_key_value_heads and head_dim are then those of the cache.
         delta: what the recurrent layers are.
+        mxfp4_experts: the checkpoint has experts in blocks of four-bit numbers; they are unpacked as they are loaded.
         interleaved_rope: the checkpoint stores the two dimensions that turn together side by side.
     """
 
@@ -149,6 +150,7 @@ class ModelConfig:
     moe: MoEConfig | None = None
     mla: MLAConfig | None = None
     delta: DeltaConfig | None = None
+    mxfp4_experts: bool = False
     interleaved_rope: bool = False
 
     def __post_init__(self) -> None:
