@@ -99,7 +99,7 @@ class ModelRunner:
         self.device_kind = device.device_kind
         # A configuration that cannot work is told before weights are read.
         limits = resolve(config, self.model_config, platform=self.platform, num_pages=config.num_pages or 1)
-        self.model_config = self.model_config.served_up_to(limits.max_model_len)
+        self.model_config = self.model_config.served(limits.max_model_len, limits.ring_pages > 0)
         self._program = ModelProgram(self.model_config, config.dtype, [device])
         self.dtype = self._program.dtype
         self._replicated = self._program.replicated
@@ -205,7 +205,7 @@ class ModelRunner:
             stats = device.memory_stats() or {}
             usable = int(stats.get("bytes_limit", 0) * config.gpu_memory_utilization)
             free = usable - stats.get("bytes_in_use", 0) - self._activation_bytes(limits)
-        free -= self._program.state_bytes(limits)
+        free -= self._program.slot_bytes(limits)
         size = self._program.page_bytes(limits.page_size)
         if free < size:
             raise ConfigError(

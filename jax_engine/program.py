@@ -20,7 +20,7 @@ from jax_engine.batch import Adjustments, BatchLayout, no_adjustments
 from jax_engine.buckets import Bucket
 from jax_engine.config import Limits
 from jax_engine.constraints import unconstrained
-from jax_engine.kv_cache import KVCache, cache_shapes, page_bytes, state_bytes
+from jax_engine.kv_cache import KVCache, cache_shapes, page_bytes, slot_bytes
 from jax_engine.model_config import ModelConfig
 from jax_engine.models import model_class
 from jax_engine.sharding import make_mesh, replicated, sharding_of
@@ -73,9 +73,9 @@ class ModelProgram:
         """Bytes of one page of the KV cache over all layers."""
         return page_bytes(self.model_config, page_size, self.dtype, self.device)
 
-    def state_bytes(self, limits: Limits) -> int:
+    def slot_bytes(self, limits: Limits) -> int:
         """Bytes of the cache that do not depend on the number of pages."""
-        return state_bytes(self.model_config, limits.max_num_seqs, self.dtype)
+        return slot_bytes(self.model_config, limits, self.dtype, self.device)
 
     def cache_shapes(self, limits: Limits) -> KVCache:
         """The cache's arrays, with their places, as jax.ShapeDtypeStructs."""
@@ -84,7 +84,7 @@ class ModelProgram:
     def lower(self, bucket: Bucket, limits: Limits) -> tuple[BatchLayout, jax.stages.Lowered]:
         """The step of a bucket, ready to be compiled; it takes what step.step takes, from the weights on."""
         layout = BatchLayout(bucket, limits.max_pages_per_seq)
-        static = functools.partial(step, self._graph, layout, limits.page_size, self.device)
+        static = functools.partial(step, self._graph, layout, limits.page_size, limits.ring_pages, self.device)
         # Who asks for float32 means it: accelerators would else multiply in a shorter format.
         precision = jax.default_matmul_precision("highest" if self.dtype == jnp.float32 else "default")
         # Pallas asks the mesh which chip a kernel is for.

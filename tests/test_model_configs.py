@@ -186,7 +186,7 @@ def test_rotary_positions_of_transformers_4() -> None:
 def test_longrope_takes_the_long_divisors_where_sequences_may_be_long() -> None:
     rope = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
     config = read("phi3", rope_parameters=rope, original_max_position_embeddings=128)
-    short, long = config.served_up_to(128).ropes[0], config.served_up_to(129).ropes[0]
+    short, long = config.served(128).ropes[0], config.served(129).ropes[0]
     assert [a / b for a, b in zip(short.frequencies, long.frequencies, strict=True)] == pytest.approx([4.0] * 8)
     assert short.amplitude == long.amplitude == pytest.approx(math.sqrt(1 + math.log(4) / math.log(128)))
 
