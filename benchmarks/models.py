@@ -17,7 +17,7 @@ from absl import flags
 
 from benchmarks import program, report
 from checkpoints.formats import open_checkpoint
-from jax_engine.batch import buckets
+from jax_engine.buckets import buckets
 from jax_engine.config import EngineConfig, resolve
 from jax_engine.layers import linear
 from jax_engine.models import read_config
