@@ -15,7 +15,7 @@ stamp = $(VENV)/.installed-$(if $(and $(1),$(EXTRAS)),$(1)$(comma)$(EXTRAS),$(or
 export PYTHON
 
 .DELETE_ON_ERROR:
-.PHONY: help serve test test-long test-clients tpu-check check format bench soak bench-host bench-scheduling bench-static wheel clean
+.PHONY: help serve test test-long test-clients tpu-check check format bench soak bench-host bench-scheduling bench-static bench-models wheel clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
@@ -68,6 +68,9 @@ bench-scheduling: $(call stamp) ## what each scheduling decision is worth, in vi
 
 bench-static: $(call stamp) ## the same lengths with transformers' generate, one static batch
 	$(PY) -m benchmarks.hf_static $(ARGS)
+
+bench-models: $(call stamp) ## compile time and memory of models' steps; ARGS="--models=FOLDER,..."
+	$(PY) -m benchmarks.models $(ARGS)
 
 wheel: $(call stamp,check) ## build dist/*.whl
 	$(PY) -m pip wheel --no-input --disable-pip-version-check --no-deps --wheel-dir dist .

@@ -133,15 +133,15 @@ def fit(config: EngineConfig, model: ModelConfig, target: Target) -> tuple[Model
         DoesNotFit: not even one page does, or not the weights.
         ConfigError: the configuration cannot be run.
     """
-    program = ModelProgram(model, config.dtype, target.devices)
-    platform = program.device.platform
-    limits = resolve(config, model, platform=platform, num_pages=config.num_pages or 1)
+    limits = resolve(config, model, platform=target.devices[0].platform, num_pages=config.num_pages or 1)
+    served = model.served(limits.max_model_len, limits.ring_pages > 0)
+    program = ModelProgram(served, config.dtype, target.devices)
     small = dataclasses.replace(limits, num_pages=limits.max_pages_per_seq)
     largest = max(buckets(limits), key=lambda bucket: bucket.num_tokens)
     temp = compile_step(program, largest, small).temp_bytes
     weights = sum(_bytes_per_device(want) for want in program.wanted.values())
     page = program.page_bytes(limits.page_size)
-    other = weights + temp + program.state_bytes(limits)
+    other = weights + temp + program.slot_bytes(limits)
     pages = int(target.hbm_bytes * config.gpu_memory_utilization - other) // page
     useful = limits.max_num_seqs * limits.max_pages_per_seq
     found = Fit(limits, weights, temp, page, useful, max(pages, 0))

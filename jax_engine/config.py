@@ -14,6 +14,7 @@ from jax_engine.model_config import ModelConfig
 SCHEDULING_MODES = ("static", "sync", "async")
 SCHEDULING_POLICIES = ("fcfs", "priority", "fair", "slo")
 PREEMPTION_MODES = ("auto", "recompute", "swap")
+WINDOW_CACHES = ("pages", "slots")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
 
@@ -52,6 +53,9 @@ class EngineConfig:
     max_num_batched_tokens: int | None = _option(None, "Token budget of one step. Default: 512 on CPU, else 8192.")
     page_size: int = _option(16, "Tokens in one KV page; a power of two.")
     num_pages: int | None = _option(None, "KV pages in the pool. Default: as many as fit into free memory.")
+    window_cache: str = _option(
+        "pages", "Layers with sliding windows keep all in pages, or by slot only what the window holds (slots)."
+    )
     gpu_memory_utilization: float = _option(0.9, "Share of the device's memory that weights, pool and steps may use.")
     scheduling: str = _option(
         "async", "static: whole batches. sync: join and leave every step. async: sync, run ahead."
@@ -101,6 +105,7 @@ class EngineConfig:
         self._check_choice("policy", SCHEDULING_POLICIES)
         self._check_choice("preemption_mode", PREEMPTION_MODES)
         self._check_choice("dtype", DTYPES)
+        self._check_choice("window_cache", WINDOW_CACHES)
         self._check_choice("load_format", LOAD_FORMATS)
         for name in (
             "tensor_parallel_size",
@@ -209,6 +214,7 @@ class Limits:
     priority_ageing_s: float = 30.0
     user_weights: Mapping[str, float] = field(default_factory=dict)
     slo_classes: Mapping[str, tuple[float, float]] = field(default_factory=lambda: {"default": (1.0, 0.1)})
+    ring_pages: int = 0
 
     @property
     def max_pages_per_seq(self) -> int:
@@ -252,8 +258,9 @@ def resolve(config: EngineConfig, model: ModelConfig, *, platform: str, num_page
     if decode_buckets and decode_buckets[-1] < max_num_seqs:
         raise ConfigError(f"the largest of decode_buckets {decode_buckets} is below max_num_seqs {max_num_seqs}")
     depth = config.max_inflight_steps if config.scheduling == "async" else 1
+    max_model_len = config.max_model_len or min(model.max_position_embeddings, DEFAULT_MAX_MODEL_LEN)
     return Limits(
-        max_model_len=config.max_model_len or min(model.max_position_embeddings, DEFAULT_MAX_MODEL_LEN),
+        max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
         page_size=config.page_size,
@@ -262,6 +269,7 @@ def resolve(config: EngineConfig, model: ModelConfig, *, platform: str, num_page
         max_inflight_steps=depth,
         token_buckets=token_buckets,
         decode_buckets=decode_buckets,
+        ring_pages=_ring_pages(config, model, max_model_len, budget) if config.window_cache == "slots" else 0,
         **_scheduling_limits(config) | _without_state_in_pages(config, model),
     )
 
@@ -284,11 +292,28 @@ def _scheduling_limits(config: EngineConfig) -> dict[str, Any]:
 
 def _without_state_in_pages(config: EngineConfig, model: ModelConfig) -> dict[str, Any]:
     """What a model forbids whose pages are not all that it knows of a sequence."""
-    if not model.num_recurrent_layers:
+    if not model.num_recurrent_layers and config.window_cache == "pages":
         return {}
     if config.swap_space_gib:
-        raise ConfigError("swap_space_gib must be 0: the model has layers whose state is not in pages to be swapped")
+        raise ConfigError(
+            "swap_space_gib must be 0: layers of the model keep what they need by slot, not in pages to be swapped"
+        )
     return {"enable_prefix_caching": False}
+
+
+def _ring_pages(config: EngineConfig, model: ModelConfig, max_model_len: int, budget: int) -> int:
+    """Pages that hold a sliding window and the tokens that one step can add to it, wherever a page begins."""
+    windows = [layer.sliding_window for layer in model.layers if layer.sliding_window is not None]
+    if not windows:
+        raise ConfigError(f"window_cache=slots: no layer of {model.architecture} has a sliding window")
+    tokens = max(windows) + min(budget, max_model_len) - 1
+    pages = math.ceil(tokens / config.page_size) + 1
+    if pages >= math.ceil(max_model_len / config.page_size):
+        raise ConfigError(
+            f"window_cache=slots saves nothing: a window of {max(windows)} and a step of {min(budget, max_model_len)} "
+            f"tokens are no less than max_model_len {max_model_len}; lower max_num_batched_tokens"
+        )
+    return pages
 
 
 def _slo_classes(texts: tuple[str, ...]) -> dict[str, tuple[float, float]]:

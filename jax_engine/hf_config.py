@@ -24,7 +24,7 @@ _NEUTRAL = frozenset(
     transformers_version unsloth_fixed unsloth_version use_cache
     """.split()  # noqa: SIM905
 )
-#: Fields that must not be there, or hold one of the named values: nobody has written what they ask for.
+#: Fields that, unless the architecture reads them, must not be there or hold one of the named values.
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "is_encoder_decoder": (None, False),
@@ -45,8 +45,6 @@ class HFConfig:
         self._values = values
         self._problems: list[str] = []
         self._seen: set[str] = set(_NEUTRAL)
-        for name, allowed in _REFUSED.items():
-            self.only(name, *allowed)
 
     def _get(self, name: str) -> Any:
         self._seen.add(name)
@@ -242,6 +240,9 @@ class HFConfig:
         Raises:
             ConfigError: fields are missing or of no use; all of them are named.
         """
+        for name, allowed in _REFUSED.items():
+            if name not in self._seen:
+                self.only(name, *allowed)
         if self._problems:
             raise ConfigError("config.json: " + "; ".join(self._problems))
         if unknown := sorted(name for name in self._values if name not in self._seen):

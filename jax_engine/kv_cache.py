@@ -10,6 +10,7 @@ from jaxtyping import Array, Int
 
 from jax_engine.config import Limits
 from jax_engine.layers.recurrent import RecurrentCache
+from jax_engine.layers.window_cache import WindowCache
 from jax_engine.model_config import ModelConfig
 from pallas_kernels.ragged_paged_attention import api as attention_op
 
@@ -20,8 +21,8 @@ class KVCache:
     """What the steps keep between them; donated to each step, which returns it updated in place.
 
     Attributes:
-        pool: keys and values of all layers, in the attention op's own layout; a RecurrentCache with that in it where
-            some layers keep a state per slot instead.
+        pool: keys and values of all layers, in the attention op's own layout; a RecurrentCache or WindowCache
+            with that in it where some layers keep something by slot instead.
         token_ids: [num_pages * page_size] the token at each place of the pool. The penalties read a sequence's history
             from here, by the same page table, so it is right whatever happens to the sequence's pages.
         last_tokens: [max_num_seqs + 1] the token that each slot sampled last; the last place takes what padding writes.
@@ -34,13 +35,18 @@ class KVCache:
 
 def cache_shapes(model: ModelConfig, limits: Limits, dtype: jnp.dtype, device: attention_op.Device) -> KVCache:
     """The cache's arrays on such a device, as jax.ShapeDtypeStructs."""
-    pages = _pool_shape(model, limits.num_pages, limits.page_size, device)
+    pages = _pool_shape(model, model.num_page_layers, limits.num_pages, limits.page_size, device)
+    rings = _ring_shape(model, limits, device) if model.windows_by_slot else ()
     states = _state_shapes(model, limits.max_num_seqs, dtype)
 
     def make() -> KVCache:
-        pool = jnp.zeros(pages, dtype)
+        pool: Any = jnp.zeros(pages, dtype)
+        if states:
+            pool = RecurrentCache(pool, *(jnp.zeros(*state) for state in states))
+        elif rings:
+            pool = WindowCache(pool, jnp.zeros(rings, dtype))
         return KVCache(
-            pool=RecurrentCache(pool, *(jnp.zeros(*state) for state in states)) if states else pool,
+            pool=pool,
             token_ids=jnp.zeros(limits.num_pages * limits.page_size, jnp.int32),
             last_tokens=jnp.zeros(limits.max_num_seqs + 1, jnp.int32),
         )
@@ -49,14 +55,16 @@ def cache_shapes(model: ModelConfig, limits: Limits, dtype: jnp.dtype, device: a
 
 
 def page_bytes(model: ModelConfig, page_size: int, dtype: jnp.dtype, device: attention_op.Device) -> int:
-    """Bytes of one page over all layers, on such a device."""
-    pool = math.prod(_pool_shape(model, 1, page_size, device)) * jnp.dtype(dtype).itemsize
+    """Bytes of one page over all layers that have pages, on such a device."""
+    pool = math.prod(_pool_shape(model, model.num_page_layers, 1, page_size, device)) * jnp.dtype(dtype).itemsize
     return pool + page_size * jnp.dtype(jnp.int32).itemsize
 
 
-def _pool_shape(model: ModelConfig, num_pages: int, page_size: int, device: attention_op.Device) -> tuple[int, ...]:
+def _pool_shape(
+    model: ModelConfig, num_layers: int, num_pages: int, page_size: int, device: attention_op.Device
+) -> tuple[int, ...]:
     return attention_op.pool_shape(
-        model.num_hidden_layers - model.num_recurrent_layers,
+        num_layers,
         num_pages,
         page_size,
         model.num_key_value_heads,
@@ -66,10 +74,16 @@ def _pool_shape(model: ModelConfig, num_pages: int, page_size: int, device: atte
     )
 
 
-def state_bytes(model: ModelConfig, max_num_seqs: int, dtype: jnp.dtype) -> int:
-    """Bytes that recurrent layers keep for all slots, whatever the number of pages."""
-    states = _state_shapes(model, max_num_seqs, dtype)
-    return sum(math.prod(shape) * kind.itemsize for shape, kind in states)
+def slot_bytes(model: ModelConfig, limits: Limits, dtype: jnp.dtype, device: attention_op.Device) -> int:
+    """Bytes kept for all slots, whatever the number of pages: recurrent states, and rings of layers with windows."""
+    states = _state_shapes(model, limits.max_num_seqs, dtype)
+    rings = math.prod(_ring_shape(model, limits, device)) * jnp.dtype(dtype).itemsize if model.windows_by_slot else 0
+    return rings + sum(math.prod(shape) * kind.itemsize for shape, kind in states)
+
+
+def _ring_shape(model: ModelConfig, limits: Limits, device: attention_op.Device) -> tuple[int, ...]:
+    num_pages = (limits.max_num_seqs + 1) * limits.ring_pages
+    return _pool_shape(model, model.num_ring_layers, num_pages, limits.page_size, device)
 
 
 def _state_shapes(model: ModelConfig, max_num_seqs: int, dtype: jnp.dtype) -> list[tuple[tuple[int, ...], jnp.dtype]]:

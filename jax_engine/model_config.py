@@ -120,6 +120,8 @@ class ModelConfig:
         logits_divisor: what the logits are divided by.
         mla: attention is latent; num_key_value_heads and head_dim are then those of the cache.
         delta: what the recurrent layers are.
+        mxfp4_experts: the checkpoint has experts in blocks of four-bit numbers; they are unpacked as they are loaded.
+        windows_by_slot: layers with sliding windows keep their window only, by slot, not in pages.
         interleaved_rope: the checkpoint stores the two dimensions that turn together side by side.
     """
 
@@ -149,7 +151,9 @@ class ModelConfig:
     moe: MoEConfig | None = None
     mla: MLAConfig | None = None
     delta: DeltaConfig | None = None
+    mxfp4_experts: bool = False
     interleaved_rope: bool = False
+    windows_by_slot: bool = False
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -169,12 +173,22 @@ class ModelConfig:
         return sum(layer.recurrent for layer in self.layers)
 
     @property
-    def places(self) -> tuple[int, ...]:
-        """For each layer, how many layers before it keep the same: pages, or a state per sequence."""
-        kept = [layer.recurrent for layer in self.layers]
-        return tuple(kept[:index].count(recurrent) for index, recurrent in enumerate(kept))
+    def num_ring_layers(self) -> int:
+        """Layers whose keys and values are in rings by slot."""
+        return sum(self.windows_by_slot and layer.sliding_window is not None for layer in self.layers)
 
-    def served_up_to(self, max_model_len: int) -> "ModelConfig":
+    @property
+    def num_page_layers(self) -> int:
+        """Layers whose keys and values are in pages."""
+        return self.num_hidden_layers - self.num_recurrent_layers - self.num_ring_layers
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """For each layer, how many layers before it keep the same: pages, rings, or a state per sequence."""
+        kept = [(layer.recurrent, self.windows_by_slot and layer.sliding_window is not None) for layer in self.layers]
+        return tuple(kept[:index].count(kind) for index, kind in enumerate(kept))
+
+    def served(self, max_model_len: int, windows_by_slot: bool = False) -> "ModelConfig":
         """The model for sequences of at most this length: LongRoPE turns by other angles where they may be long.
 
         One choice for the whole run, as a cached key cannot be turned again when its sequence grows past the border.
@@ -185,4 +199,4 @@ class ModelConfig:
             else rope
             for rope in self.ropes
         )
-        return replace(self, ropes=ropes)
+        return replace(self, ropes=ropes, windows_by_slot=windows_by_slot)

@@ -101,7 +101,7 @@ class ModelRunner:
         self.device_kind = devices[0].device_kind
         # A configuration that cannot work is told before weights are read.
         limits = resolve(config, self.model_config, platform=self.platform, num_pages=config.num_pages or 1)
-        self.model_config = self.model_config.served_up_to(limits.max_model_len)
+        self.model_config = self.model_config.served(limits.max_model_len, limits.ring_pages > 0)
         self._program = ModelProgram(self.model_config, config.dtype, devices, by_expert=config.enable_expert_parallel)
         self.dtype = self._program.dtype
         self._replicated = self._program.replicated
@@ -109,7 +109,7 @@ class ModelRunner:
         arrays = (
             dummy(wanted, config.seed)
             if config.load_format == "dummy"
-            else load(checkpoint, wanted, ignore=self._program.ignored_tensors)
+            else load(self._program.renamed(checkpoint), wanted, ignore=self._program.ignored_tensors)
         )
         self.weight_bytes = sum(array.nbytes for array in arrays.values())
         self.weights = nested(arrays)
@@ -211,7 +211,7 @@ class ModelRunner:
             own = [device for device in devices if device.process_index == jax.process_index()]
             free = min(_free_bytes(device, config.gpu_memory_utilization) for device in own)
             free -= self._activation_bytes(limits)
-        free -= self._program.state_bytes(limits)
+        free -= self._program.slot_bytes(limits)
         size = self._program.page_bytes(limits.page_size)
         if free < size:
             raise ConfigError(

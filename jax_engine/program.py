@@ -15,12 +15,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from checkpoints.formats import Checkpoint
 from checkpoints.weight_map import Wanted
 from jax_engine.batch import Adjustments, BatchLayout, no_adjustments
 from jax_engine.buckets import Bucket
 from jax_engine.config import Limits
 from jax_engine.constraints import unconstrained
-from jax_engine.kv_cache import KVCache, cache_shapes, page_bytes, state_bytes
+from jax_engine.kv_cache import KVCache, cache_shapes, page_bytes, slot_bytes
 from jax_engine.model_config import ModelConfig
 from jax_engine.models import model_class
 from jax_engine.sharding import (
@@ -68,19 +69,27 @@ class ModelProgram:
             _, stored = self._abstract(model, model_config)
             self.wanted = _with_kv_copies(self.wanted, stored, model_config, self._placed_config)
         self.ignored_tensors = model.IGNORED_TENSORS
+        self._tensor_name = model.tensor_name
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights, over all devices."""
         return sum(int(np.prod(want.shape)) * jnp.dtype(want.dtype).itemsize for want in self.wanted.values())
 
+    def renamed(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The checkpoint with its tensors under the names that `wanted` has for them."""
+        if checkpoint.format == "orbax":
+            return checkpoint
+        tensors = {self._tensor_name(name): info for name, info in checkpoint.tensors.items()}
+        return dataclasses.replace(checkpoint, tensors=tensors)
+
     def page_bytes(self, page_size: int) -> int:
         """Bytes of one page of the KV cache over all layers, on each device."""
         return page_bytes(share_of(self._placed_config, self.mesh), page_size, self.dtype, self.device)
 
-    def state_bytes(self, limits: Limits) -> int:
+    def slot_bytes(self, limits: Limits) -> int:
         """Bytes of the cache that do not depend on the number of pages, on each device."""
-        return state_bytes(share_of(self._placed_config, self.mesh), limits.max_num_seqs, self.dtype)
+        return slot_bytes(share_of(self._placed_config, self.mesh), limits, self.dtype, self.device)
 
     def cache_shapes(self, limits: Limits) -> KVCache:
         """The cache's arrays, with their places, as jax.ShapeDtypeStructs.
@@ -94,7 +103,7 @@ class ModelProgram:
     def lower(self, bucket: Bucket, limits: Limits) -> tuple[BatchLayout, jax.stages.Lowered]:
         """The step of a bucket, ready to be compiled; it takes what step.step takes, from the weights on."""
         layout = BatchLayout(bucket, limits.max_pages_per_seq)
-        function = functools.partial(step, self._graph, layout, limits.page_size, self.device)
+        function = functools.partial(step, self._graph, layout, limits.page_size, limits.ring_pages, self.device)
         if self.mesh.size > 1:
             whole = jax.sharding.PartitionSpec()
             arrays = (nested(self._abstract_weights()), self.cache_shapes(limits))

@@ -17,6 +17,7 @@ from jax_engine.constraints import Constraints
 from jax_engine.features import Feature
 from jax_engine.kv_cache import KVCache
 from jax_engine.layers.context import StepContext
+from jax_engine.layers.window_cache import ring_table
 from jax_engine.sampler import SamplerOutput, SamplingInputs, prompt_logprobs, sample
 from pallas_kernels.ragged_paged_attention import api as attention_op
 
@@ -42,6 +43,7 @@ def step(
     graph: nnx.GraphDef,
     layout: BatchLayout,
     page_size: int,
+    ring_pages: int,
     device: attention_op.Device,
     weights: Any,
     cache: KVCache,
@@ -54,6 +56,7 @@ def step(
 
     Args:
         graph: the model without its weights. layout: of `packed`. page_size: tokens in a page.
+        ring_pages: pages of a slot's ring, 0 where layers with windows have none.
         device: what the program is for. All of these are static.
         weights: the model's weights as plain dicts.
         cache: donated; comes back updated.
@@ -66,22 +69,30 @@ def step(
     parts["starts"] = jnp.where(ended, 0, parts["starts"])  # so that there is one key to attend to
     query_starts = parts["query_starts"]
     lengths = parts["starts"] + query_starts[1:] - query_starts[:-1]
-    plan = attention_op.plan(
-        attention_op.Ragged(parts["page_table"], lengths, query_starts, num_single),
-        num_tokens=layout.bucket.num_tokens,
-        num_pages=cache.token_ids.size // page_size,
-        page_size=page_size,
-        decode_only=layout.bucket.decode_only,
-        device=device,
-        keys_only=model.config.mla is not None,
-    )
-    # An ended row stands at position 0, which holds something else; it must write nothing.
-    plan = replace(plan, slots=jnp.where(ended[plan.rows], -1, plan.slots))
+
+    def make_plan(page_table: Int[Array, "B P"], num_pages: int) -> attention_op.Plan:
+        made = attention_op.plan(
+            attention_op.Ragged(page_table, lengths, query_starts, num_single),
+            num_tokens=layout.bucket.num_tokens,
+            num_pages=num_pages,
+            page_size=page_size,
+            decode_only=layout.bucket.decode_only,
+            device=device,
+            keys_only=model.config.mla is not None,
+        )
+        # An ended row stands at position 0, which holds something else; it must write nothing.
+        return replace(made, slots=jnp.where(ended[made.rows], -1, made.slots))
+
+    plan = make_plan(parts["page_table"], cache.token_ids.size // page_size)
+    ring_plan = None
+    if ring_pages:
+        rings = ring_table(parts["slots"], layout.max_pages_per_seq, ring_pages)
+        ring_plan = make_plan(rings, cache.last_tokens.size * ring_pages)
     ids = parts["token_ids"]
     ids = jnp.where(ids >= 0, ids, cache.last_tokens[jnp.maximum(-1 - ids, 0)])
     places = jnp.where(plan.slots >= 0, plan.slots, cache.token_ids.size)  # past the end: dropped
     token_ids = cache.token_ids.at[places].set(ids, mode="drop")
-    context = StepContext(plan, parts["slots"], query_starts, num_single, layout.bucket.decode_only)
+    context = StepContext(plan, parts["slots"], query_starts, num_single, layout.bucket.decode_only, ring_plan)
     hidden, pool = model(ids, cache.pool, context)
 
     last = jnp.maximum(query_starts[1:] - 1, 0)

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -45,6 +46,41 @@ def test_weight_map_is_complete_both_ways(folder: str) -> None:
     assert wanted == {name: stored[name] for name in stored if name in wanted or name not in ignored}
 
 
+def test_gpt2_of_the_first_release_has_no_prefix() -> None:
+    model = ARCHITECTURES["GPT2LMHeadModel"]
+    stored = open_checkpoint(str(TINY / "gpt2")).tensors
+    assert [model.tensor_name(name.removeprefix("transformer.")) for name in stored] == list(stored)
+
+
+def test_experts_in_mxfp4_are_unpacked() -> None:
+    config = read("gpt_oss", quantization_config={"quant_method": "mxfp4"}, intermediate_size=32)
+    sources = model_class(config).weight_map(config)
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for parameter in ("gate_up", "down"):
+        source = sources[f"layers.0.mlp.{parameter}"]
+        (_, shape), (_, scales_shape) = source.tensors
+        assert [name.rsplit("_", 1)[1] for name, _ in source.tensors] == ["blocks", "scales"]
+        blocks = rng.integers(0, 256, shape, np.uint8)
+        scales = rng.integers(117, 137, scales_shape, np.uint8)
+        arrays[parameter] = blocks, scales, source.assemble(blocks, scales)
+    values = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+
+    def stored(blocks: np.ndarray, scales: np.ndarray, expert: int, row: int, column: int) -> float:
+        block, place = divmod(column, 32)
+        code = int(blocks[expert, row, block, place // 2]) >> (4 * (place % 2)) & 15
+        return (-1 if code & 8 else 1) * values[code & 7] * 2.0 ** (int(scales[expert, row, block]) - 127)
+
+    blocks, scales, down = arrays["down"]
+    assert down.shape == (4, 64, 32)
+    for expert, row, column in [(0, 0, 0), (3, 63, 31), (1, 17, 9), (2, 40, 30)]:
+        assert float(down[expert, row, column]) == stored(blocks, scales, expert, row, column)
+    blocks, scales, gate_up = arrays["gate_up"]
+    assert gate_up.shape == (4, 2, 32, 64)
+    for expert, part, row, column in [(0, 0, 0, 0), (3, 1, 31, 63), (1, 0, 7, 33), (2, 1, 12, 40)]:
+        assert float(gate_up[expert, part, row, column]) == stored(blocks, scales, expert, 2 * row + part, column)
+
+
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_no_field_of_a_saved_config_is_unknown(folder: str, caplog) -> None:
     with caplog.at_level(logging.WARNING):
@@ -66,6 +102,8 @@ def test_a_field_nobody_knows_is_named(caplog) -> None:
         ("llama", {"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
         ("llama", {"attention_bias": 1}, "attention_bias must be true or false, got 1"),
         ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ("gpt_oss", {"quantization_config": {"quant_method": "fp8"}}, "method 'fp8' is not supported, only 'mxfp4'"),
+        ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}, "hidden_size": 72}, "multiples of 32"),
         (
             "llama",
             {"rope_parameters": {"rope_type": "spiral"}},
@@ -148,7 +186,7 @@ def test_rotary_positions_of_transformers_4() -> None:
 def test_longrope_takes_the_long_divisors_where_sequences_may_be_long() -> None:
     rope = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
     config = read("phi3", rope_parameters=rope, original_max_position_embeddings=128)
-    short, long = config.served_up_to(128).ropes[0], config.served_up_to(129).ropes[0]
+    short, long = config.served(128).ropes[0], config.served(129).ropes[0]
     assert [a / b for a, b in zip(short.frequencies, long.frequencies, strict=True)] == pytest.approx([4.0] * 8)
     assert short.amplitude == long.amplitude == pytest.approx(math.sqrt(1 + math.log(4) / math.log(128)))
 

@@ -22,11 +22,11 @@ def test_grouped_matmul_gives_each_run_of_rows_its_own_matrix(sizes):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((sum(sizes), 12)).astype(np.float32)
     weight = rng.standard_normal((3, 2, 5, 12)).astype(np.float32)
-    got = jax.jit(linear._multiply_blocks)(x, jnp.array(sizes), weight.reshape(3, 10, 12))
+    got = jax.jit(linear.multiply_blocks)(x, jnp.array(sizes), weight.reshape(3, 10, 12))
     parts = np.split(x, np.cumsum(sizes)[:-1])
     want = np.concatenate([part @ weight[i].reshape(10, 12).T for i, part in enumerate(parts)])
     np.testing.assert_allclose(got, want, atol=1e-5)
-    got = jax.jit(linear._ragged_dot)(x, jnp.array(sizes), weight.reshape(3, 10, 12))
+    got = jax.jit(linear.ragged_dot)(x, jnp.array(sizes), weight.reshape(3, 10, 12))
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 

@@ -1,5 +1,7 @@
 """Grouped-query attention over the paged KV pool."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,6 +12,7 @@ from jax_engine.layers.linear import matmul, small
 from jax_engine.layers.norm import HeadsNorm, RMSNorm
 from jax_engine.layers.param import declare
 from jax_engine.layers.rope import rotate
+from jax_engine.layers.window_cache import in_ring, pool_of, with_pool
 from jax_engine.model_config import LayerConfig, ModelConfig
 from pallas_kernels.ragged_paged_attention import api as attention_op
 
@@ -63,13 +66,16 @@ class Attention(nnx.Module):
         self.soft_cap = config.attention_soft_cap
 
     def __call__(
-        self, x: Float[Array, "T D"], pool: Array, context: StepContext, place: Array
-    ) -> tuple[Float[Array, "T D"], Array]:
-        """Writes the tokens' keys and values into the pool and attends over it. Returns the output and the pool.
+        self, x: Float[Array, "T D"], cache: Any, context: StepContext, place: Array
+    ) -> tuple[Float[Array, "T D"], Any]:
+        """Writes the tokens' keys and values into the cache and attends over it. Returns the output and the cache.
 
         Args:
-            place: which of the pool's layers is this one's.
+            cache: a pool, or a WindowCache. place: which of its pool's layers is this one's.
         """
+        pool = pool_of(cache, self.layer)
+        plan = context.ring_plan if in_ring(cache, self.layer) else context.plan
+        assert plan is not None, "a cache with rings comes with their plan"
         tokens = x.shape[0]
         q, k, v = self._project(x)
         if self.gated:
@@ -81,11 +87,11 @@ class Attention(nnx.Module):
         if self.layer.rope is not None:
             rotation = context.rotations[self.layer.rope]
             q, k = rotate(q, *rotation), rotate(k, *rotation)
-        pool = attention_op.write_kv(pool, k, v, context.plan, place)
+        pool = attention_op.write_kv(pool, k, v, plan, place)
         attended = attention_op.ragged_paged_attention(
             q,
             pool,
-            context.plan,
+            plan,
             place,
             scale=self.scale,
             sliding_window=self.layer.sliding_window,
@@ -95,7 +101,9 @@ class Attention(nnx.Module):
         if self.gated:
             attended = attended * jax.nn.sigmoid(gate)
         output = matmul(attended.reshape(tokens, -1), self.output)
-        return output + self.output_bias[...] if hasattr(self, "output_bias") else output, pool
+        if hasattr(self, "output_bias"):
+            output = output + self.output_bias[...]
+        return output, with_pool(cache, self.layer, pool)
 
     def _project(self, x: Float[Array, "T D"]) -> tuple[Array, Array, Array]:
         """Queries and what gates them [T, K, group, H], keys and values [T, K, H]."""

@@ -19,6 +19,7 @@ class StepContext:
         query_starts: [B + 1] int32, row i's tokens are [query_starts[i], query_starts[i + 1]).
         num_decodes: int32, how many of the first rows have one token and take the path of single tokens.
         decode_only: there are no other rows, and no code for them.
+        ring_plan: the same work over the rings of layers with windows; None where these layers' keys are in pages.
         rotations: cosine and sine of every position's angles, one pair for each of ModelConfig.ropes.
     """
 
@@ -27,4 +28,5 @@ class StepContext:
     query_starts: Int32[Array, " B+1"]
     num_decodes: Int32[Array, ""]
     decode_only: bool = field(metadata={"static": True})
+    ring_plan: Plan | None = None
     rotations: tuple[tuple[Array, Array], ...] = ()

@@ -66,16 +66,17 @@ def _matmul_by_head(x: Array, weight: Array) -> Array:
 def _grouped_matmul(x: Array, sizes: Array, weight: Array) -> Array:
     weight = weight.reshape(weight.shape[0], -1, x.shape[1])
     # XLA's ragged_dot on a CPU multiplies every row with every matrix.
-    return jax.lax.platform_dependent(x, sizes, weight, cpu=_multiply_blocks, default=_ragged_dot)
+    return jax.lax.platform_dependent(x, sizes, weight, cpu=multiply_blocks, default=ragged_dot)
 
 
-def _ragged_dot(x: Array, sizes: Array, weight: Array) -> Array:
+def ragged_dot(x: Array, sizes: Array, weight: Array) -> Array:
+    """grouped_matmul by XLA's own operation; weight [E, F, D]."""
     dims = jax.lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])
     return jax.lax.ragged_dot_general(x, weight, sizes, dims)
 
 
-def _multiply_blocks(x: Array, sizes: Array, weight: Array) -> Array:
-    """One block of rows of one expert after the other.
+def multiply_blocks(x: Array, sizes: Array, weight: Array) -> Array:
+    """grouped_matmul by one block of rows of one expert after the other; weight [E, F, D].
 
     A block may reach into the next expert's rows: these come later and put their own results there.
     """

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jax_engine.layers.context import StepContext
 from jax_engine.layers.linear import matmul, small
@@ -98,8 +98,7 @@ class GatedDeltaNet(nnx.Module):
         history = taps.shape[-1] - 1
         plan, starts = context.plan, context.query_starts
         before = cache.inputs[place, context.slots]
-        fresh = plan.positions[jnp.minimum(starts[:-1], x.shape[0] - 1)] == 0
-        before = jnp.where(fresh[:, None, None, None], 0, before)
+        before = jnp.where(_starts_anew(context)[:, None, None, None], 0, before)
         offset = jnp.arange(x.shape[0]) - starts[plan.rows]
 
         def input_at(back: int) -> Array:
@@ -127,6 +126,12 @@ class _Inputs(NamedTuple):
     decay: Array
 
 
+def _starts_anew(context: StepContext) -> Bool[Array, " B"]:
+    """Rows whose first token is their sequence's first; anything for rows of padding."""
+    first = jnp.minimum(context.query_starts[:-1], context.plan.positions.shape[0] - 1)
+    return context.plan.positions[first] == 0
+
+
 def _unit(x: Float[Array, "T K H"]) -> Float[Array, "T K H"]:
     return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + _NORM_EPS)
 
@@ -145,7 +150,7 @@ def _run(inputs: _Inputs, states: Array, context: StepContext, place: Array) -> 
     starts, slots = context.query_starts, context.slots
     tokens = inputs.query.shape[0]
     rows = min(slots.shape[0], tokens)
-    fresh = context.plan.positions[jnp.minimum(starts[:-1], tokens - 1)] == 0
+    fresh = _starts_anew(context)
 
     # Rows of one token, which come first, all at once.
     single = jnp.arange(rows) < context.num_decodes

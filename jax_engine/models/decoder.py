@@ -111,6 +111,11 @@ class Decoder(nnx.Module):
         raise NotImplementedError
 
     @classmethod
+    def tensor_name(cls, name: str) -> str:
+        """What weight_map calls a checkpoint's tensor, where older files have other names."""
+        return name
+
+    @classmethod
     def weight_map(cls, config: ModelConfig) -> dict[str, Source]:
         """Parameter path -> the checkpoint tensors that make it, under their Hugging Face names."""
         sources = weights.vocabulary(config)

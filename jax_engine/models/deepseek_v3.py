@@ -100,18 +100,7 @@ def _read_moe(hf: HFConfig) -> MoEConfig:
 def _attention_sources(config: ModelConfig, name: str) -> dict[str, Source]:
     mla = config.mla
     assert mla is not None
-    embed, heads, value_dim = config.hidden_size, config.num_attention_heads, mla.value_dim
-    # The turning dimensions may be stored pair by pair; here the halves of a head turn against each other.
-    order = np.arange(mla.rope_dim)
-    if config.interleaved_rope:
-        order = np.concatenate([order[::2], order[1::2]])
-
-    def queries(query: np.ndarray) -> np.ndarray:
-        query = query.reshape(heads, mla.nope_dim + mla.rope_dim, -1)
-        return np.concatenate([query[:, : mla.nope_dim], query[:, mla.nope_dim :][:, order]], axis=1)
-
-    def latents(down: np.ndarray) -> np.ndarray:
-        return np.concatenate([down[: mla.latent_dim], down[mla.latent_dim :][order]])
+    embed, heads = config.hidden_size, config.num_attention_heads
 
     def keys(up: np.ndarray) -> np.ndarray:
         return up.reshape(heads, -1, mla.latent_dim)[:, : mla.nope_dim].swapaxes(1, 2)
@@ -119,30 +108,52 @@ def _attention_sources(config: ModelConfig, name: str) -> dict[str, Source]:
     def values(up: np.ndarray) -> np.ndarray:
         return up.reshape(heads, -1, mla.latent_dim)[:, mla.nope_dim :]
 
-    def split(output: np.ndarray) -> np.ndarray:
-        return output.reshape(embed, heads, value_dim)
+    def latents(down: np.ndarray) -> np.ndarray:
+        return np.concatenate([down[: mla.latent_dim], _in_halves(config, down[mla.latent_dim :])])
 
-    query_rows = heads * (mla.nope_dim + mla.rope_dim)
-    up = (name + "kv_b_proj.weight", (heads * (mla.nope_dim + value_dim), mla.latent_dim))
+    def split(output: np.ndarray) -> np.ndarray:
+        return output.reshape(embed, heads, mla.value_dim)
+
+    up = (name + "kv_b_proj.weight", (heads * (mla.nope_dim + mla.value_dim), mla.latent_dim))
     sources = {
+        **_query_sources(config, name),
         "attention.latent_down": fuse(latents, (name + "kv_a_proj_with_mqa.weight", (config.head_dim, embed))),
         **weights.norm("attention.latent_norm", name + "kv_a_layernorm", config, mla.latent_dim),
         "attention.key_up": fuse(keys, up),
         "attention.value_up": fuse(values, up),
-        "attention.output": fuse(split, (name + "o_proj.weight", (embed, heads * value_dim))),
+        "attention.output": fuse(split, (name + "o_proj.weight", (embed, heads * mla.value_dim))),
     }
-    if mla.query_rank:
-        sources["attention.query_down"] = take(name + "q_a_proj.weight", (mla.query_rank, embed))
-        sources |= weights.norm("attention.query_norm", name + "q_a_layernorm", config, mla.query_rank)
-        sources["attention.query"] = fuse(queries, (name + "q_b_proj.weight", (query_rows, mla.query_rank)))
-    else:
-        sources["attention.query"] = fuse(queries, (name + "q_proj.weight", (query_rows, embed)))
     if config.attention_bias:
-        if mla.query_rank:
-            sources["attention.query_bias"] = take(name + "q_a_proj.bias", (mla.query_rank,))
         sources["attention.latent_bias"] = fuse(latents, (name + "kv_a_proj_with_mqa.bias", (config.head_dim,)))
         sources["attention.output_bias"] = take(name + "o_proj.bias", (embed,))
     return sources
+
+
+def _query_sources(config: ModelConfig, name: str) -> dict[str, Source]:
+    mla = config.mla
+    assert mla is not None
+    embed, rows = config.hidden_size, config.num_attention_heads * (mla.nope_dim + mla.rope_dim)
+
+    def queries(query: np.ndarray) -> np.ndarray:
+        query = query.reshape(config.num_attention_heads, mla.nope_dim + mla.rope_dim, -1)
+        fixed, turning = np.split(query, [mla.nope_dim], axis=1)
+        return np.concatenate([fixed, _in_halves(config, turning.swapaxes(0, 1)).swapaxes(0, 1)], axis=1)
+
+    if not mla.query_rank:
+        return {"attention.query": fuse(queries, (name + "q_proj.weight", (rows, embed)))}
+    sources = {
+        "attention.query_down": take(name + "q_a_proj.weight", (mla.query_rank, embed)),
+        **weights.norm("attention.query_norm", name + "q_a_layernorm", config, mla.query_rank),
+        "attention.query": fuse(queries, (name + "q_b_proj.weight", (rows, mla.query_rank))),
+    }
+    if config.attention_bias:
+        sources["attention.query_bias"] = take(name + "q_a_proj.bias", (mla.query_rank,))
+    return sources
+
+
+def _in_halves(config: ModelConfig, turning: np.ndarray) -> np.ndarray:
+    """Turning dimensions (the first axis) in the order in which halves, not neighbours, turn against each other."""
+    return np.concatenate([turning[::2], turning[1::2]]) if config.interleaved_rope else turning
 
 
 def _mlp_sources(config: ModelConfig, layer: LayerConfig, name: str) -> dict[str, Source]:

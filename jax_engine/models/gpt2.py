@@ -86,6 +86,11 @@ class GPT2(Decoder):
         )
 
     @classmethod
+    def tensor_name(cls, name: str) -> str:
+        """See Decoder. The files of the first release have no prefix."""
+        return "transformer." + name if name.startswith(("h.", "wte.", "wpe.", "ln_f.")) else name
+
+    @classmethod
     def weight_map(cls, config: ModelConfig) -> dict[str, Source]:
         """See Decoder."""
         embed, vocab = config.hidden_size, config.vocab_size

@@ -10,6 +10,10 @@ from jax_engine.model_config import LayerConfig, ModelConfig, MoEConfig
 from jax_engine.models import weights
 from jax_engine.models.decoder import Decoder, DecoderLayer
 
+#: Numbers that share an exponent in MXFP4, and what the sixteen codes of a number mean.
+_BLOCK = 32
+_FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+
 
 class GptOssLayer(DecoderLayer):
     """Pre-norm layer; each query head has a sink."""
@@ -48,6 +52,7 @@ class GptOss(Decoder):
             attention_bias=bias,
             output_bias=bias,
             moe=moe,
+            mxfp4_experts=_read_mxfp4(hf),
         )
 
     @classmethod
@@ -66,24 +71,57 @@ class GptOss(Decoder):
         }
 
 
+def _read_mxfp4(hf: HFConfig) -> bool:
+    """Whether the experts are in MXFP4, as all published checkpoints have them."""
+    quantization = hf.raw("quantization_config")
+    if quantization is None:
+        return False
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if method != "mxfp4":
+        hf.problem(f"quantization_config: method {str(method)[:80]!r} is not supported, only 'mxfp4'")
+    if hf.size("hidden_size") % _BLOCK or hf.size("intermediate_size") % _BLOCK:
+        hf.problem(f"quantization_config: MXFP4 needs sizes that are multiples of {_BLOCK}")
+    return True
+
+
 def _moe_sources(config: ModelConfig, name: str) -> dict[str, Source]:
-    """The experts are stored in one piece, inputs first, gate and up in turn."""
     assert config.moe is not None
     embed, hidden, num_experts = config.hidden_size, config.moe.intermediate_size, config.moe.num_experts
+    unpack = _unpack_mxfp4 if config.mxfp4_experts else _outputs_first
 
-    def split(gate_up: np.ndarray) -> np.ndarray:
-        outputs_first = gate_up.swapaxes(1, 2) if gate_up.ndim == 3 else gate_up
-        pairs = outputs_first.reshape(num_experts, hidden, 2, *outputs_first.shape[2:])
-        return pairs.swapaxes(1, 2)
+    def pair(*parts: np.ndarray) -> np.ndarray:
+        """Rows of gate and up, stored in turn, as [E, 2, F, ...]."""
+        rows = unpack(*parts) if parts[0].ndim > 2 else parts[0]
+        return rows.reshape(num_experts, hidden, 2, *rows.shape[2:]).swapaxes(1, 2)
 
-    def swap(down: np.ndarray) -> np.ndarray:
-        return down.swapaxes(1, 2)
+    def tensors(part: str, outputs: int, inputs: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        if not config.mxfp4_experts:
+            return ((f"{name}experts.{part}", (num_experts, inputs, outputs)),)
+        shape = (num_experts, outputs, inputs // _BLOCK)
+        return ((f"{name}experts.{part}_blocks", (*shape, _BLOCK // 2)), (f"{name}experts.{part}_scales", shape))
 
     return {
         "mlp.router.weight": take(name + "router.weight", (num_experts, embed)),
         "mlp.router.bias": take(name + "router.bias", (num_experts,)),
-        "mlp.gate_up": fuse(split, (name + "experts.gate_up_proj", (num_experts, embed, 2 * hidden))),
-        "mlp.gate_up_bias": fuse(split, (name + "experts.gate_up_proj_bias", (num_experts, 2 * hidden))),
-        "mlp.down": fuse(swap, (name + "experts.down_proj", (num_experts, hidden, embed))),
+        "mlp.gate_up": fuse(pair, *tensors("gate_up_proj", 2 * hidden, embed)),
+        "mlp.gate_up_bias": fuse(pair, (name + "experts.gate_up_proj_bias", (num_experts, 2 * hidden))),
+        "mlp.down": fuse(unpack, *tensors("down_proj", embed, hidden)),
         "mlp.down_bias": take(name + "experts.down_proj_bias", (num_experts, embed)),
     }
+
+
+def _outputs_first(weight: np.ndarray) -> np.ndarray:
+    return weight.swapaxes(1, 2)
+
+
+def _unpack_mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """[E, F, D / 32, 16] bytes, two numbers each, and exponents [E, F, D / 32] -> bfloat16 [E, F, D], which is exact.
+
+    OCP Microscaling Formats 1.0: the low half of a byte comes first; an exponent is biased by 127.
+    """
+    numbers = np.stack([blocks & 15, blocks >> 4], axis=-1).reshape(*blocks.shape[:-1], _BLOCK)
+    out = np.empty((*scales.shape[:2], scales.shape[2] * _BLOCK), jnp.bfloat16)
+    for expert in range(len(out)):  # one at a time, for float32 is wide
+        values = np.ldexp(_FP4[numbers[expert]], scales[expert].astype(np.int32)[..., None] - 127)
+        out[expert] = values.reshape(out.shape[1:]).astype(jnp.bfloat16)
+    return out

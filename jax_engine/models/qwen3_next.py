@@ -70,17 +70,6 @@ class Qwen3Next(Decoder):
         by_number = ["linear_attention" if number % interval else "full_attention" for number in numbers]
         types = hf.choices("layer_types", kinds, by_number)
         sparse = read_sparse_layers(hf, num_layers)
-        delta = DeltaConfig(
-            num_key_heads=hf.size("linear_num_key_heads", 16),
-            num_value_heads=hf.size("linear_num_value_heads", 32),
-            key_dim=hf.size("linear_key_head_dim", 128),
-            value_dim=hf.size("linear_value_head_dim", 128),
-            width=hf.size("linear_conv_kernel_dim", 4),
-        )
-        if delta.num_value_heads % delta.num_key_heads:
-            hf.problem(f"{delta.num_value_heads} value heads are no multiple of {delta.num_key_heads} key heads")
-        if delta.width < 2:
-            hf.problem(f"linear_conv_kernel_dim must be at least 2, got {delta.width}")
         bias = hf.flag("attention_bias")
         shared = hf.size("shared_expert_intermediate_size", 512)
         return hf.finish(
@@ -101,7 +90,7 @@ class Qwen3Next(Decoder):
                 shared_size=shared,
                 shared_gate=True,
             ),
-            delta=delta,
+            delta=_read_delta(hf),
         )
 
     @classmethod
@@ -120,6 +109,21 @@ class Qwen3Next(Decoder):
         if layer.recurrent:
             return sources | _delta_sources(config, name + "linear_attn.")
         return sources | weights.attention("attention", name + "self_attn.", config, qk_norm="head", gated=True)
+
+
+def _read_delta(hf: HFConfig) -> DeltaConfig:
+    delta = DeltaConfig(
+        num_key_heads=hf.size("linear_num_key_heads", 16),
+        num_value_heads=hf.size("linear_num_value_heads", 32),
+        key_dim=hf.size("linear_key_head_dim", 128),
+        value_dim=hf.size("linear_value_head_dim", 128),
+        width=hf.size("linear_conv_kernel_dim", 4),
+    )
+    if delta.num_value_heads % delta.num_key_heads:
+        hf.problem(f"{delta.num_value_heads} value heads are no multiple of {delta.num_key_heads} key heads")
+    if delta.width < 2:
+        hf.problem(f"linear_conv_kernel_dim must be at least 2, got {delta.width}")
+    return delta
 
 
 def _delta_sources(config: ModelConfig, name: str) -> dict[str, Source]:

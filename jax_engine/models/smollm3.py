@@ -19,6 +19,7 @@ class SmolLM3(Decoder):
             turning = [1] * num_layers
         window = hf.optional_size("sliding_window") if hf.flag("use_sliding_window") else hf.ignore("sliding_window")
         types = ["full_attention" if turns or window is None else "sliding_attention" for turns in turning]
+        hf.ignore("max_window_layers")
         bias = hf.flag("attention_bias")
         return hf.finish(
             **base,

@@ -122,17 +122,22 @@ def make_work_list(
 def write_kv(pool, k, v, slots, work, first_page):
     """Writes k and v [T, K, H] at flat token slots [T] of the layer whose pages start at `first_page`; negative: none.
 
-    v is None where the pool has keys only.
-
-    One scatter of contiguous rows of H along a single leading axis: that form stays in place on every platform.
+    One scatter of contiguous rows of H along a single leading axis: that form stays in place on every platform. v is
+    None where the pool has keys only.
     """
     del work
-    _, num_kv_heads, parts, page_size, head_dim = pool.shape
-    tiles = parts * num_kv_heads
+    _, num_kv_heads, _, page_size, head_dim = pool.shape
     page = first_page + slots // page_size
+    if v is None:
+        # Not by rows as below: with one kv head too, there XLA would bring the result into the pool's form by a copy.
+        head = jnp.arange(num_kv_heads, dtype=jnp.int32)
+        page = jnp.where(slots < 0, pool.shape[0], page)
+        target = pool.at[page[:, None], head, 0, (slots % page_size)[:, None]]
+        return target.set(k.astype(pool.dtype), mode="drop", unique_indices=True)
+    tiles = 2 * num_kv_heads
     index = (page[:, None] * tiles + jnp.arange(tiles, dtype=jnp.int32)) * page_size + (slots % page_size)[:, None]
     index = jnp.where(slots[:, None] < 0, jnp.iinfo(jnp.int32).max, index)
-    rows = (k if v is None else jnp.stack([k, v], axis=2)).astype(pool.dtype).reshape(-1, head_dim)
+    rows = jnp.stack([k, v], axis=2).astype(pool.dtype).reshape(-1, head_dim)
     flat = pool.reshape(-1, head_dim)
     return flat.at[index.reshape(-1)].set(rows, mode="drop", unique_indices=True).reshape(pool.shape)
 
