@@ -41,7 +41,7 @@ class EngineConfig:
     )
     max_num_seqs: int | None = _option(None, "Most sequences in one step. Default: 32 on CPU, else 256.")
     max_num_batched_tokens: int | None = _option(None, "Token budget of one step. Default: 512 on CPU, else 8192.")
-    page_size: int = _option(16, "Tokens in one KV page; a power of two.")
+    page_size: int | None = _option(None, "Tokens in one KV page; a power of two. Default: 64 on a GPU, else 16.")
     num_pages: int | None = _option(None, "KV pages in the pool. Default: as many as fit into free memory.")
     gpu_memory_utilization: float = _option(0.9, "Share of the device's memory that weights, pool and steps may use.")
     scheduling: str = _option(
@@ -82,7 +82,7 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
-        if self.page_size < 1 or self.page_size & (self.page_size - 1):
+        if self.page_size is not None and (self.page_size < 1 or self.page_size & (self.page_size - 1)):
             raise ConfigError(f"page_size must be a power of two, got {self.page_size}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
@@ -161,7 +161,7 @@ def resolve(config: EngineConfig, model: ModelConfig, *, platform: str, num_page
         max_model_len=config.max_model_len or min(model.max_position_embeddings, DEFAULT_MAX_MODEL_LEN),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
-        page_size=config.page_size,
+        page_size=config.page_size or (64 if platform == "gpu" else 16),
         num_pages=config.num_pages or num_pages,
         scheduling=config.scheduling,
         max_inflight_steps=depth,

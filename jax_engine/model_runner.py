@@ -9,6 +9,7 @@ import functools
 import logging
 import os
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -30,6 +31,7 @@ from jax_engine.models import read_config
 from jax_engine.program import ModelProgram, nested
 from jax_engine.sampler import SamplerOutput
 from jax_engine.step import StepOutput
+from jax_engine.xla_flags import set_xla_flags
 
 _log = logging.getLogger(__name__)
 
@@ -37,6 +39,8 @@ _Compiled = tuple[BatchLayout, jax.stages.Compiled]
 
 #: KV pools on a CPU share its memory with everything else that runs there.
 _MAX_CPU_POOL_BYTES = 4 << 30
+#: Buckets compiled at the same time, on other platforms than CPU.
+_COMPILE_THREADS = 8
 
 
 class StepHandle:
@@ -89,6 +93,7 @@ class ModelRunner:
     def __init__(self, config: EngineConfig, checkpoint: Checkpoint):
         if config.compilation_cache_dir != "":
             _use_compilation_cache(config.compilation_cache_dir or str(default_cache_dir() / "compiled"))
+        set_xla_flags()
         self.model_config = read_config(checkpoint.config)
         device = jax.devices()[0]
         self.platform = device.platform
@@ -218,18 +223,29 @@ class ModelRunner:
     def _compile(self) -> tuple[dict[Bucket, _Compiled], dict[int, _Compiled]]:
         """The step of each bucket; the sampling of deferred steps for each number of sequences."""
         started = time.monotonic()
-        steps, samplers = {}, {}
-        for bucket in tqdm(buckets(self.limits), desc="compiling buckets", unit="bucket", leave=False):
-            steps[bucket] = self._compile_bucket(bucket, self.limits)
-            if bucket.num_seqs not in samplers:
-                samplers[bucket.num_seqs] = self._compile_sampler(bucket.num_seqs, steps[bucket][1])
+        # Lowering holds the interpreter, compiling does not. XLA:CPU uses all cores for one program as it is.
+        threads = 1 if self.platform == "cpu" else min(_COMPILE_THREADS, os.cpu_count() or 1)
+        with (
+            ThreadPoolExecutor(threads) as pool,
+            tqdm(total=len(buckets(self.limits)), desc="compiling buckets", unit="bucket", leave=False) as bar,
+        ):
+
+            def start(layout: BatchLayout, lowered: jax.stages.Lowered) -> tuple[BatchLayout, Future]:
+                return layout, pool.submit(lowered.compile)
+
+            futures = {bucket: start(*self._program.lower(bucket, self.limits)) for bucket in buckets(self.limits)}
+            for _, future in futures.values():
+                future.add_done_callback(lambda _: bar.update())
+            steps = {bucket: (layout, future.result()) for bucket, (layout, future) in futures.items()}
+            # The logits are taken as a step leaves them on the device.
+            logits = {bucket.num_seqs: step.output_shardings[1].logits for bucket, (_, step) in steps.items()}
+            futures = {
+                size: start(*self._program.lower_sampler(size, self.limits, sharding))
+                for size, sharding in logits.items()
+            }
+            samplers = {size: (layout, future.result()) for size, (layout, future) in futures.items()}
         _log.info("compiled %d buckets in %.1f s", len(steps), time.monotonic() - started)
         return steps, samplers
-
-    def _compile_sampler(self, num_seqs: int, step: jax.stages.Compiled) -> _Compiled:
-        """The sampling of a deferred step; its logits are taken as `step` leaves them on the device."""
-        layout, lowered = self._program.lower_sampler(num_seqs, self.limits, step.output_shardings[1].logits)
-        return layout, lowered.compile()
 
     def _compile_bucket(self, bucket: Bucket, limits: Limits) -> _Compiled:
         layout, lowered = self._program.lower(bucket, limits)
