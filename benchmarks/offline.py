@@ -29,12 +29,8 @@ def flag_set() -> absl_flags.FlagValues:
     """The engine's flags and the benchmark's own."""
     flag_values = common.engine_flags(log_level="warning")
     here = {"flag_values": flag_values, "module_name": "Benchmark"}
-    absl_flags.DEFINE_list(
-        "workload", "cpu8", "JSON files, or names in benchmarks/workloads/, one after another.", **here
-    )
-    absl_flags.DEFINE_string(
-        "out", None, "Results file to write (JSON); {workload} in it is the workload's name.", **here
-    )
+    absl_flags.DEFINE_list("workload", "cpu8", "JSON files, or names in benchmarks/workloads/, in turn.", **here)
+    absl_flags.DEFINE_string("out", None, "Results file to write (JSON); {workload}: its name.", **here)
     absl_flags.DEFINE_list("compare", None, "Scheduling modes to run side by side, the first as baseline.", **here)
     absl_flags.DEFINE_integer("repeat", 1, "Timed runs of each mode.", lower_bound=1, **here)
     absl_flags.DEFINE_float("temperature", 0.0, "Of every request; 0 is greedy.", **here)

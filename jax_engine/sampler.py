@@ -353,8 +353,8 @@ def _logprobs(logits, tokens):
 def _largest(logits, count):
     """Values and ids [n, count] of each row's largest logits, the lowest id first among equals.
 
-    One pass over the vocabulary for each of them: XLA's top_k of this many sorts the whole of it on a GPU, and that sort
-    cannot be part of a CUDA graph.
+    One pass over the vocabulary for each of them: XLA's top_k of this many sorts the whole of it on a GPU, and that
+    sort cannot be part of a CUDA graph.
     """
     all_ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
 
@@ -363,8 +363,8 @@ def _largest(logits, count):
         left = (logits < last_value) | ((logits == last_value) & (all_ids > last_id))
         value = jnp.where(left, logits, -jnp.inf).max(axis=-1, keepdims=True)
         first = jnp.where(left & (logits == value), all_ids, logits.shape[1]).min(axis=-1, keepdims=True)
-        values = jax.lax.dynamic_update_slice_in_dim(values, value, index, axis=1)
-        return values, jax.lax.dynamic_update_slice_in_dim(ids, first, index, axis=1), value, first
+        here = jnp.arange(count) == index  # not an update of a slice: that would leave the graph too
+        return jnp.where(here, value, values), jnp.where(here, first, ids), value, first
 
     rows = logits.shape[0]
     blank = jnp.zeros((rows, count), logits.dtype), jnp.zeros((rows, count), jnp.int32)

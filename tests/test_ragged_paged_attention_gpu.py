@@ -15,7 +15,7 @@ from pallas_kernels.ragged_paged_attention.gpu_decode import max_splits, plan_de
 from pallas_kernels.ragged_paged_attention.gpu_tiles import HOPPER
 
 LAYER = 1
-#: Of the whole output, by the norm. Rounding weights, pieces and results (half a unit in the eighth bit each) is all of it.
+#: Of the whole output, by the norm: rounding of weights, pieces and results, to 8 bits each in bfloat16.
 TOLERANCE = {jnp.bfloat16: 4e-3, jnp.float16: 5e-4}
 
 

@@ -1,7 +1,7 @@
 """ragged_paged_attention on Hopper: rows of one query token through one kernel, longer rows through another.
 
-Called by api.py only. Owns the work list of a step on a GPU. The pool has the layout of xla.py, whose scatter also writes
-it: it is in place and as fast as the copies it makes. Shapes the kernels do not take (float32, odd head sizes, pages
+Called by api.py only. Owns the work list of a step on a GPU. The pool has the layout of xla.py, whose scatter also
+writes it, in place. Shapes the kernels do not take (float32, odd head sizes, pages
 under 16 tokens) go through xla.py as a whole; of the two work lists XLA drops the one that no layer reads.
 """
 

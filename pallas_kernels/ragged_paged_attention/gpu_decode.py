@@ -1,10 +1,10 @@
 """Decode attention on Hopper: rows of one query token over the paged pool, in Mosaic GPU.
 
-Flash-decoding (a row's KV is cut into pieces whose results are merged by their log-sum-exp) in a persistent kernel: each
-thread block walks its share of a list of items (row, piece, kv head) that was planned once per step. A memory warpgroup
-fetches key and value tiles page by page with the copy engine and runs ahead of the compute warpgroup, also from one item
-into the next, so the fetches never drain. The query heads of a kv head are padded to the 64 rows of a matrix
-instruction; the kernel is bound by memory, so the padding is free.
+Flash-decoding (a row's KV is cut into pieces whose results are merged by their log-sum-exp) in a persistent kernel:
+each thread block walks its share of a list of items (row, piece, kv head) that was planned once per step. A memory
+warpgroup fetches key and value tiles page by page with the copy engine and runs ahead of the compute warpgroup, also
+from one item into the next, so the fetches never drain. The query heads of a kv head are padded to the 64 rows of a
+matrix instruction; the kernel is bound by memory, so the padding is free.
 
 Called by gpu.py only. How a row is cut depends on its own length and on compiled sizes, never on its neighbours.
 """

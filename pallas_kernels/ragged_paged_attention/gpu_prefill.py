@@ -1,9 +1,9 @@
 """Attention of rows of several query tokens on Hopper: chunks of prompts over the paged pool, in Mosaic GPU.
 
 The shape of FlashAttention-3 (arXiv 2407.08608): a memory warpgroup fetches query, key and value tiles with the copy
-engine; two compute warpgroups share the key and value tiles and take turns, one multiplying while the other works on its
-softmax. They hold 64 query tokens of two heads that share a kv head, or, where a kv head has an odd number of query
-heads, 128 tokens of one. A persistent kernel: the blocks of all rows, longest first, are dealt out to the thread blocks.
+engine; two compute warpgroups share the key and value tiles and take turns, one multiplying while the other works on
+its softmax. They hold 64 query tokens of two heads that share a kv head, or, where a kv head has an odd number of query
+heads, 128 tokens of one. A persistent kernel: the blocks of all rows, longest first, are dealt to the thread blocks.
 
 Called by gpu.py only. A block's result depends on its own row and nothing else.
 """
@@ -75,7 +75,7 @@ def tokens_per_block(group: int) -> int:
 
 
 class _Item(NamedTuple):
-    """A block of query tokens under one head, or two: key tiles [begin, end), of which those below `full` need no mask."""
+    """A block of query tokens under one head, or two: key tiles [begin, end); those below `full` need no mask."""
 
     row: Any
     token: Any

@@ -1,4 +1,4 @@
-"""What the two Mosaic GPU kernels of ragged_paged_attention share: tile sizes, and the steps of online softmax on a tile.
+"""What the two Mosaic GPU kernels of ragged_paged_attention share: tile sizes, and online softmax on a tile.
 
 Read by gpu.py, gpu_decode.py and gpu_prefill.py. Sizes are those of Hopper (sm_90a); nothing here asks a device.
 """
