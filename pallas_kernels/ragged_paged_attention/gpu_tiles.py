@@ -37,7 +37,7 @@ class Tiles:
     block: int = 64
     prefill_block: int = 128
     split_rows: int = 32
-    max_piece: int = 16
+    max_piece: int = 32
     max_splits: int = 64
     registers: bool = True
 
