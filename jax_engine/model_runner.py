@@ -127,6 +127,8 @@ class ModelRunner:
             size: self._put(unconstrained(size, self.model_config.vocab_size)) for size in self._no_adjustments
         }
         self._steps, self._samplers = self._compile()
+        if self.platform != "cpu":
+            self.warm_up()
 
     def dispatch(self, batch: Batch) -> StepHandle:
         """Enqueues a step and returns at once."""
@@ -175,6 +177,14 @@ class ModelRunner:
         nothing = self._no_constraints[batch.bucket.num_seqs]
         given = batch.constraints or Constraints(None, None)
         return Constraints(*(n if g is None else self._put(g) for n, g in zip(nothing, given, strict=True)))
+
+    def warm_up(self) -> None:
+        """Runs every step once without rows. The first launch of a CUDA graph builds it, which takes as long as a dozen
+        steps; no request should wait for that."""
+        for bucket, (layout, _) in self._steps.items():
+            packed = np.zeros(layout.size, np.int32)
+            layout.unpack(packed)["slots"][:] = self.limits.max_num_seqs
+            self.dispatch(Batch(bucket, packed, None, None)).result()
 
     def _put(self, arrays):
         return jax.device_put(arrays, self._replicated)
