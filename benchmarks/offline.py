@@ -29,8 +29,8 @@ def flag_set() -> absl_flags.FlagValues:
     """The engine's flags and the benchmark's own."""
     flag_values = common.engine_flags(log_level="warning")
     here = {"flag_values": flag_values, "module_name": "Benchmark"}
-    absl_flags.DEFINE_string("workload", "cpu8", "JSON file, or a name in benchmarks/workloads/.", **here)
-    absl_flags.DEFINE_string("out", None, "Results file to write (JSON).", **here)
+    absl_flags.DEFINE_list("workload", "cpu8", "JSON files, or names in benchmarks/workloads/, in turn.", **here)
+    absl_flags.DEFINE_string("out", None, "Results file to write (JSON); {workload}: its name.", **here)
     absl_flags.DEFINE_list("compare", None, "Scheduling modes to run side by side, the first as baseline.", **here)
     absl_flags.DEFINE_integer("repeat", 1, "Timed runs of each mode.", lower_bound=1, **here)
     absl_flags.DEFINE_float("temperature", 0.0, "Of every request; 0 is greedy.", **here)
@@ -188,6 +188,22 @@ def compare(job: Job, engines: dict[str, LLM], repeat: int) -> dict[str, list[di
     return runs
 
 
+def results(argv: Sequence[str], job: Job, config: dict, engines: dict[str, LLM], runs: dict) -> dict[str, Any]:
+    """What is written of one workload."""
+    work = job.work
+    return report.document(
+        "benchmarks.offline",
+        argv,
+        device=report.jax_device(),
+        workload={"name": work.name, "about": work.about, "requests": len(work.requests)},
+        sampling={"temperature": job.temperature, "top_p": job.top_p, "prompt_seed": job.prompt_seed},
+        config={"model": EngineConfig.model} | config,
+        limits={mode: dataclasses.asdict(llm.limits) for mode, llm in engines.items()},
+        ratios=ratios(runs),
+        runs=runs,
+    )
+
+
 def main(argv: Sequence[str]) -> int:
     """Runs the benchmark; argv[0] is the program's name. Returns the exit status.
 
@@ -199,27 +215,20 @@ def main(argv: Sequence[str]) -> int:
         return 0
     config = flags.values(flag_values, EngineConfig)
     modes = flag_values["compare"].value or [config.get("scheduling", EngineConfig.scheduling)]
-    work = workload.load(flag_values["workload"].value)
-    job = Job(work, *(flag_values[name].value for name in ("prompt_seed", "temperature", "top_p")))
+    works = [workload.load(source) for source in flag_values["workload"].value]
+    out = flag_values["out"].value
+    if out and len(works) > 1 and "{workload}" not in out:
+        raise ConfigError(f"--out={out} must contain {{workload}}, as there are {len(works)} workloads")
     engines = {mode: LLM(**(config | {"scheduling": mode})) for mode in modes}
     check_pools(engines)
-    runs = compare(job, engines, flag_values["repeat"].value)
-    print(f"\n{work.name}: {work.about}\n\n{table(runs)}")
-    for mode, ratio in ratios(runs).items():
-        print(f"{mode} over {modes[0]}: {ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f})")
-    if flag_values["out"].value:
-        results = report.document(
-            "benchmarks.offline",
-            argv,
-            device=report.jax_device(),
-            workload={"name": work.name, "about": work.about, "requests": len(work.requests)},
-            sampling={"temperature": job.temperature, "top_p": job.top_p, "prompt_seed": job.prompt_seed},
-            config={"model": EngineConfig.model} | config,
-            limits={mode: dataclasses.asdict(llm.limits) for mode, llm in engines.items()},
-            ratios=ratios(runs),
-            runs=runs,
-        )
-        report.write(flag_values["out"].value, results)
+    for work in works:
+        job = Job(work, *(flag_values[name].value for name in ("prompt_seed", "temperature", "top_p")))
+        runs = compare(job, engines, flag_values["repeat"].value)
+        print(f"\n{work.name}: {work.about}\n\n{table(runs)}", flush=True)
+        for mode, ratio in ratios(runs).items():
+            print(f"{mode} over {modes[0]}: {ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f})")
+        if out:
+            report.write(out.replace("{workload}", work.name), results(argv, job, config, engines, runs))
     return 0
 
 

@@ -34,6 +34,7 @@ NUM_RUNNING_BESIDE_LINE = 256
 NUM_USERS = 50
 IDLE_REQUESTS = 200
 MAX_NUM_BATCHED_TOKENS = 8192
+PAGE_SIZE = 16
 US = 1e6
 #: Only its number of positions has a part in scheduling.
 MODEL = ModelConfig(
@@ -83,8 +84,9 @@ def make_limits(num_running: int, max_model_len: int, max_inflight_steps: int) -
         max_num_seqs=num_running,
         max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
         max_inflight_steps=max_inflight_steps,
+        page_size=PAGE_SIZE,
     )
-    num_pages = (num_running + 1) * (max_model_len // config.page_size + 2)
+    num_pages = (num_running + 1) * (max_model_len // PAGE_SIZE + 2)
     return resolve(config, MODEL, platform="gpu", num_pages=num_pages)
 
 

@@ -114,7 +114,7 @@ def serve(arrivals: Sequence[Arrival], **options) -> tuple[list[Served], Engine]
     if config.swap_space_gib:
         limits = replace(
             limits,
-            num_swap_pages=int(config.swap_space_gib * 2**30 / (config.page_size * 128 * 1024)),
+            num_swap_pages=int(config.swap_space_gib * 2**30 / (limits.page_size * 128 * 1024)),
             swap_page_seconds=PAGE_COPY_S,
             token_seconds=TOKEN_S,
         )

@@ -9,6 +9,7 @@ import functools
 import logging
 import os
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -36,6 +37,7 @@ from jax_engine.sampler import SamplerOutput
 from jax_engine.schedule import Schedule
 from jax_engine.sharding import choose_devices
 from jax_engine.step import StepOutput
+from jax_engine.xla_flags import set_xla_flags
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +45,8 @@ _Compiled = tuple[BatchLayout, jax.stages.Compiled]
 
 #: KV pools on a CPU share its memory with everything else that runs there.
 _MAX_CPU_POOL_BYTES = 4 << 30
+#: Buckets compiled at the same time, on other platforms than CPU.
+_COMPILE_THREADS = 8
 
 
 class StepHandle:
@@ -95,6 +99,7 @@ class ModelRunner:
     def __init__(self, config: EngineConfig, checkpoint: Checkpoint):
         if config.compilation_cache_dir != "":
             _use_compilation_cache(config.compilation_cache_dir or str(default_cache_dir() / "compiled"))
+        set_xla_flags()
         self.model_config = read_config(checkpoint.config)
         devices = choose_devices(jax.devices(), config.tensor_parallel_size)
         self.platform = devices[0].platform
@@ -131,6 +136,8 @@ class ModelRunner:
         self._page_store: PageStore | None = None
         if config.swap_space_gib:
             self._page_store = PageStore(self._program.cache_shapes(self.limits), num_pages, self._put)
+        if self.platform != "cpu":
+            self.warm_up()
         if self._page_store is not None or config.policy == "slo":
             page_bytes = self._program.page_bytes(self.limits.page_size)
             self.limits = measure(config, self.limits, page_bytes, self.dispatch, self.copy_pages)
@@ -188,6 +195,14 @@ class ModelRunner:
         assert self._page_store is not None, "pages can be swapped only where there is swap space"
         self._cache = self._page_store.copy(self._cache, schedule)
 
+    def warm_up(self) -> None:
+        """Runs every step once without rows. The first launch of a CUDA graph builds it, which takes as long as a dozen
+        steps; no request should wait for that."""
+        for bucket, (layout, _) in self._steps.items():
+            packed = np.zeros(layout.size, np.int32)
+            layout.unpack(packed)["slots"][:] = self.limits.max_num_seqs
+            self.dispatch(Batch(bucket, packed, None, None)).result()
+
     def _put(self, arrays):
         if self._replicated.is_fully_addressable:
             return jax.device_put(arrays, self._replicated)
@@ -239,18 +254,29 @@ class ModelRunner:
     def _compile(self) -> tuple[dict[Bucket, _Compiled], dict[int, _Compiled]]:
         """The step of each bucket; the sampling of deferred steps for each number of sequences."""
         started = time.monotonic()
-        steps, samplers = {}, {}
-        for bucket in tqdm(buckets(self.limits), desc="compiling buckets", unit="bucket", leave=False):
-            steps[bucket] = self._compile_bucket(bucket, self.limits)
-            if bucket.num_seqs not in samplers:
-                samplers[bucket.num_seqs] = self._compile_sampler(bucket.num_seqs, steps[bucket][1])
+        # Lowering holds the interpreter, compiling does not. XLA:CPU uses all cores for one program as it is.
+        threads = 1 if self.platform == "cpu" else min(_COMPILE_THREADS, os.cpu_count() or 1)
+        with (
+            ThreadPoolExecutor(threads) as pool,
+            tqdm(total=len(buckets(self.limits)), desc="compiling buckets", unit="bucket", leave=False) as bar,
+        ):
+
+            def start(layout: BatchLayout, lowered: jax.stages.Lowered) -> tuple[BatchLayout, Future]:
+                return layout, pool.submit(lowered.compile)
+
+            futures = {bucket: start(*self._program.lower(bucket, self.limits)) for bucket in buckets(self.limits)}
+            for _, future in futures.values():
+                future.add_done_callback(lambda _: bar.update())
+            steps = {bucket: (layout, future.result()) for bucket, (layout, future) in futures.items()}
+            # The logits are taken as a step leaves them on the device.
+            logits = {bucket.num_seqs: step.output_shardings[1].logits for bucket, (_, step) in steps.items()}
+            futures = {
+                size: start(*self._program.lower_sampler(size, self.limits, sharding))
+                for size, sharding in logits.items()
+            }
+            samplers = {size: (layout, future.result()) for size, (layout, future) in futures.items()}
         _log.info("compiled %d buckets in %.1f s", len(steps), time.monotonic() - started)
         return steps, samplers
-
-    def _compile_sampler(self, num_seqs: int, step: jax.stages.Compiled) -> _Compiled:
-        """The sampling of a deferred step; its logits are taken as `step` leaves them on the device."""
-        layout, lowered = self._program.lower_sampler(num_seqs, self.limits, step.output_shardings[1].logits)
-        return layout, lowered.compile()
 
     def _compile_bucket(self, bucket: Bucket, limits: Limits) -> _Compiled:
         layout, lowered = self._program.lower(bucket, limits)

@@ -359,8 +359,30 @@ def _logprobs(logits, tokens):
     chosen = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[:, None], axis=1)
     rank = 1 + (logits > chosen).sum(axis=-1, dtype=jnp.int32)
     count = min(NUM_TOP_LOGPROBS, logits.shape[1])
-    values, ids = jax.lax.top_k(logits, count)
+    values, ids = _largest(logits, count)
     padding = ((0, 0), (0, NUM_TOP_LOGPROBS - count))
-    top_ids = jnp.pad(ids.astype(jnp.int32), padding, constant_values=-1)
+    top_ids = jnp.pad(ids, padding, constant_values=-1)
     top_logprobs = jnp.pad(values - normalizer, padding, constant_values=-jnp.inf)
     return (chosen - normalizer)[:, 0], rank, top_ids, top_logprobs
+
+
+def _largest(logits, count):
+    """Values and ids [n, count] of each row's largest logits, the lowest id first among equals.
+
+    One pass over the vocabulary for each of them: XLA's top_k of this many sorts the whole of it on a GPU, and that
+    sort cannot be part of a CUDA graph.
+    """
+    all_ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+
+    def take(index, carry):
+        values, ids, last_value, last_id = carry
+        left = (logits < last_value) | ((logits == last_value) & (all_ids > last_id))
+        value = jnp.where(left, logits, -jnp.inf).max(axis=-1, keepdims=True)
+        first = jnp.where(left & (logits == value), all_ids, logits.shape[1]).min(axis=-1, keepdims=True)
+        here = jnp.arange(count) == index  # not an update of a slice: that would leave the graph too
+        return jnp.where(here, value, values), jnp.where(here, first, ids), value, first
+
+    rows = logits.shape[0]
+    blank = jnp.zeros((rows, count), logits.dtype), jnp.zeros((rows, count), jnp.int32)
+    start = jnp.full((rows, 1), jnp.inf, logits.dtype), jnp.full((rows, 1), -1, jnp.int32)
+    return jax.lax.fori_loop(0, count, take, (*blank, *start))[:2]

@@ -173,7 +173,9 @@ def limits_for(cost: CostModel, options: dict[str, Any]) -> tuple[EngineConfig, 
         head_dim=1,
         max_position_embeddings=header.max_position_embeddings,
     )
-    pool = header.limits.num_pages * header.limits.page_size // config.page_size
+    page_size = config.page_size or header.limits.page_size
+    config = dataclasses.replace(config, page_size=page_size)
+    pool = header.limits.num_pages * header.limits.page_size // page_size
     return config, resolve(config, model, platform=header.platform, num_pages=max(1, pool))
 
 

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.ragged_paged_attention import tpu, xla
+from pallas_kernels.ragged_paged_attention import gpu, tpu, xla
 from pallas_kernels.ragged_paged_attention.implementation import Device, Implementation, Options
 
-_IMPLEMENTATIONS: dict[str, Implementation] = {"xla": xla, "tpu": tpu}
-_PREFERRED = {"cpu": "xla", "gpu": "xla", "tpu": "tpu"}
+_IMPLEMENTATIONS: dict[str, Implementation] = {"gpu": gpu, "xla": xla, "tpu": tpu}
+_PREFERRED = {"cpu": "xla", "gpu": "gpu", "tpu": "tpu"}
 
 
 @jax.tree_util.register_dataclass
@@ -129,7 +129,7 @@ def plan(
     name = _choose(implementation, device, keys_only)
     starts, lens, table = ragged.query_starts, ragged.kv_lens, ragged.page_table
     token = jnp.arange(num_tokens, dtype=jnp.int32)
-    row = jnp.searchsorted(starts[1:], token, side="right").astype(jnp.int32)
+    row = jnp.searchsorted(starts[1:], token, side="right", method="compare_all").astype(jnp.int32)  # no loop
     row = jnp.minimum(row, lens.shape[0] - 1)
     real = token < starts[-1]
     position = jnp.where(real, lens[row] - (starts[row + 1] - token), 0)

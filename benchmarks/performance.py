@@ -1,0 +1,118 @@
+"""Writes the tables and the plot of docs/performance.md from the results of runs on an H100.
+
+    python -m benchmarks.performance            # the tables; with --plot=docs/performance.png the plot as well
+
+The text around the tables is written by hand; what stands between the two marks is replaced.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags as absl_flags
+
+from benchmarks import program, report
+
+RESULTS = report.ROOT / "benchmarks" / "results"
+PAGE = report.ROOT / "docs" / "performance.md"
+MARKS = "<!-- tables: begin -->", "<!-- tables: end -->"
+#: Output tokens per second of vLLM 0.26.0 with async scheduling, measured on an H100 80GB with the same workload files,
+#: and what the bytes and operations of the workload allow at the rates of copies and products measured there.
+PEERS = {
+    "decode1": (152, 193),
+    "decode32": (3536, 4400),
+    "decode128": (7595, 9250),
+    "decode256": (9247, 11300),
+    "chat": (9059, 14000),
+    "blog32": (4202, 5400),
+    "skewed": (4461, 5300),
+    "long": (1480, 1650),
+}
+
+
+def load(name: str) -> dict[str, Any] | None:
+    """A results file, None where there is none."""
+    path = RESULTS / f"h100_{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def throughput() -> list[list[str]]:
+    """A row for each workload that has been run."""
+    rows = [["workload", "output tok/s", "vLLM", "ratio", "floor", "of floor", "gap p50, ms", "idle"]]
+    for name, (peer, floor) in PEERS.items():
+        results = load(name)
+        if results is None:
+            continue
+        run = results["runs"]["async"][0]
+        rate = run["output_tok_per_s"]
+        cells = [f"{rate:,.0f}", f"{peer:,}", f"{rate / peer:.2f}", f"{floor:,}", f"{rate / floor:.0%}"]
+        rows.append([name, *cells, f"{run['inter_token_ms']['p50']:.1f}", f"{run['device_idle_share']:.1%}"])
+    return rows
+
+
+def modes() -> list[list[str]]:
+    """A row for each comparison of scheduling modes."""
+    rows = [["workload", "sync tok/s", "async tok/s", "async over sync", "sync idle", "async idle"]]
+    for path in sorted(RESULTS.glob("h100_modes_*.json")):
+        results = json.loads(path.read_text())
+        sync, fast = (results["runs"][mode][0] for mode in ("sync", "async"))
+        cells = [f"{run['output_tok_per_s']:,.0f}" for run in (sync, fast)]
+        idle = [f"{run['device_idle_share']:.1%}" for run in (sync, fast)]
+        rows.append([results["workload"]["name"], *cells, f"{results['ratios']['async']['median']:.2f}", *idle])
+    return rows
+
+
+def kernels() -> list[list[str]]:
+    """A row for each case of benchmarks.kernels."""
+    rows = [["kernel", "us", "rate", "share of peak"]]
+    for row in (load("kernels") or {"rows": []})["rows"]:
+        rate = f"{row['per_s'] / 1e9:,.0f} GB/s" if row["kernel"] == "decode" else f"{row['per_s'] / 1e12:,.0f} TFLOP/s"
+        rows.append([f"{row['kernel']} {row['case']}", f"{row['us']:.1f}", rate, f"{row['share_of_peak']:.0%}"])
+    return rows
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A table."""
+    head, *body = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([head, "|---" + "|---:" * (len(rows[0]) - 1) + "|", *body])
+
+
+def plot(path: Path) -> None:
+    """Throughput of each workload as a share of its floor, vLLM beside it."""
+    import matplotlib.pyplot as plt
+
+    rows = throughput()[1:]
+    figure, axes = plt.subplots(figsize=(8, 3))
+    for shift, label, shares in (
+        (-0.2, "jax-engine", [float(row[5].rstrip("%")) for row in rows]),
+        (0.2, "vLLM 0.26", [100 * PEERS[row[0]][0] / PEERS[row[0]][1] for row in rows]),
+    ):
+        axes.bar([index + shift for index in range(len(rows))], shares, 0.4, label=label)
+    axes.set_xticks(range(len(rows)), [row[0] for row in rows])
+    axes.set_ylabel("% of the floor")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Rewrites the page; argv[0] is the program's name. Returns the exit status.
+
+    Raises:
+        UsageError: the command line is wrong.
+    """
+    flag_values = absl_flags.FlagValues()
+    absl_flags.DEFINE_string("plot", None, "Image to write.", flag_values=flag_values, module_name="performance")
+    if not program.parse(flag_values, "benchmarks.performance", __doc__, argv[1:]):
+        return 0
+    tables = "\n\n".join(markdown(rows) for rows in (throughput(), modes(), kernels()) if len(rows) > 1)
+    before, rest = PAGE.read_text().split(MARKS[0])
+    PAGE.write_text(f"{before}{MARKS[0]}\n{tables}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
+    if flag_values["plot"].value:
+        plot(Path(flag_values["plot"].value))
+    return 0
+
+
+if __name__ == "__main__":
+    program.run(main)

@@ -1,0 +1,101 @@
+"""ragged_paged_attention on Hopper: rows of one query token through one kernel, longer rows through another.
+
+Called by api.py only. Owns the work list of a step on a GPU. The pool has the layout of xla.py, whose scatter also
+writes it, in place. Shapes the kernels do not take (float32, odd head sizes, pages
+under 16 tokens) go through xla.py as a whole; of the two work lists XLA drops the one that no layer reads.
+"""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.ragged_paged_attention import xla
+from pallas_kernels.ragged_paged_attention.gpu_decode import DecodeWork, decode, plan_decode
+from pallas_kernels.ragged_paged_attention.gpu_prefill import PrefillWork, plan_prefill, prefill, tokens_per_block
+from pallas_kernels.ragged_paged_attention.gpu_tiles import HOPPER, INTERPRETED, Tiles, supports
+from pallas_kernels.ragged_paged_attention.implementation import Options
+
+#: The kernel for longer rows does not fit shared memory past this head size; XLA serves them there.
+MAX_PREFILL_HEAD_DIM = 128
+
+pool_shape = xla.pool_shape
+write_kv = xla.write_kv
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class WorkList:
+    """The step's work; shared by all layers.
+
+    Attributes:
+        decodes: the rows of one query token.
+        prefills: tokens of a block -> the longer rows, cut into blocks of so many.
+        page_table: [B, P] int32, clipped to pages that exist.
+        num_decodes, num_tokens: int32, rows of one query token and tokens in all, without padding.
+        fallback: the same step for xla.py.
+        page_size, tiles: what it was cut for. decode_only: there are no longer rows.
+    """
+
+    decodes: DecodeWork
+    prefills: dict[int, PrefillWork]
+    page_table: jax.Array
+    num_decodes: jax.Array
+    num_tokens: jax.Array
+    fallback: xla.WorkList
+    page_size: int = field(metadata={"static": True})
+    tiles: Tiles = field(metadata={"static": True})
+    decode_only: bool = field(metadata={"static": True})
+
+
+def make_work_list(
+    page_table, kv_lens, query_starts, num_decodes, *, num_tokens, num_pages, page_size, device, decode_only=False
+):
+    """Cuts a step into pieces of decode rows and blocks of query tokens (see WorkList)."""
+    tiles = HOPPER if device.platform == "gpu" else INTERPRETED
+    rows = min(kv_lens.shape[0], num_tokens)
+    lens = jnp.where(jnp.arange(rows) < num_decodes, kv_lens[:rows], 0)
+    fallback = xla.make_work_list(
+        page_table,
+        kv_lens,
+        query_starts,
+        num_decodes,
+        num_tokens=num_tokens,
+        num_pages=num_pages,
+        page_size=page_size,
+        decode_only=decode_only,
+        device=device,
+    )
+
+    def prefills(block_q: int) -> PrefillWork:
+        return plan_prefill(kv_lens, query_starts, num_decodes, num_tokens=num_tokens, block_q=block_q)
+
+    return WorkList(
+        decodes=plan_decode(lens, page_table.shape[1] * page_size, tiles),
+        prefills={size: prefills(size) for size in {tokens_per_block(1), tokens_per_block(2)}},
+        page_table=jnp.clip(page_table, 0, num_pages - 1),
+        num_decodes=num_decodes,
+        num_tokens=query_starts[-1],
+        fallback=fallback,
+        page_size=page_size,
+        tiles=tiles,
+        decode_only=decode_only,
+    )
+
+
+def attend(q, pool, work: WorkList, first_page, options: Options):
+    """Causal attention of the packed queries q [T, N, H] on their rows' KV. Returns [T, N, H] of q's dtype."""
+    if q.dtype != pool.dtype or not supports(q.shape[-1], q.dtype, work.page_size):
+        return xla.attend(q, pool, work.fallback, first_page, options)
+    rows = work.decodes.rows.shape[0]
+    decoded = decode(q[:rows], pool, work.page_table[:rows], work.decodes, first_page, options, work.tiles)
+    if work.decode_only:
+        return decoded
+    blocks = work.prefills[tokens_per_block(q.shape[1] // pool.shape[1])]
+    if q.shape[-1] <= MAX_PREFILL_HEAD_DIM:
+        longer = prefill(q, pool, work.page_table, blocks, first_page, options, work.tiles)
+    else:
+        longer = xla.attend(q, pool, work.fallback, first_page, options)
+    token = jnp.arange(q.shape[0])[:, None, None]
+    decoded = jnp.pad(decoded, ((0, q.shape[0] - rows), (0, 0), (0, 0)))
+    return jnp.where(token < work.num_decodes, decoded, jnp.where(token < work.num_tokens, longer, 0))

@@ -1,0 +1,382 @@
+"""Decode attention on Hopper: rows of one query token over the paged pool, in Mosaic GPU.
+
+Flash-decoding (a row's KV is cut into pieces whose results are merged by their log-sum-exp) in a persistent kernel:
+each thread block walks its share of a list of items (row, piece, kv head) that was planned once per step. A memory
+warpgroup fetches key and value tiles page by page with the copy engine and runs ahead of the compute warpgroup, also
+from one item into the next, so the fetches never drain. The query heads of a kv head are padded to the 64 rows of a
+matrix instruction; the kernel is bound by memory, so the padding is free.
+
+Called by gpu.py only. How a row is cut depends on its own length and on compiled sizes, never on its neighbours.
+"""
+
+# The types of plgpu's own names are not to be had: it exports some of them lazily.
+# pyright: reportPrivateImportUsage=false, reportAbstractUsage=false
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.ragged_paged_attention.gpu_tiles import (
+    LOG2E,
+    MASKED,
+    WARPGROUP_ROWS,
+    Tiles,
+    add_values,
+    clear_unwritten,
+    scale_scores,
+    transforms,
+    update_softmax,
+)
+from pallas_kernels.ragged_paged_attention.implementation import Options
+
+COMPUTE, MEMORY = 0, 1
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DecodeWork:
+    """The decode rows of a step, cut into pieces and shared out.
+
+    Attributes:
+        rows: [D, 4] int32: KV length (0: no decode row), pieces, tiles per piece, pieces of the rows before.
+        shares: [workers + 1, 2] int32: where each worker's share starts: row, and how far into the row in units of
+            its pieces' cost, all kv heads together.
+    """
+
+    rows: jax.Array
+    shares: jax.Array
+
+
+def max_splits(num_rows: int, max_tiles: int, tiles: Tiles) -> int:
+    """Most pieces a row of a step with `num_rows` decode rows can have."""
+    wanted = max(tiles.split_rows // num_rows, -(-max_tiles // tiles.max_piece), 1)
+    return min(wanted, max_tiles, tiles.max_splits)
+
+
+def plan_decode(lens: jax.Array, max_len: int, tiles: Tiles) -> DecodeWork:
+    """Cuts the rows; lens [D] int32, at most max_len. See DecodeWork."""
+    num_rows = lens.shape[0]
+    most = max_splits(num_rows, -(-max_len // tiles.block), tiles)
+    num_tiles = -(-lens // tiles.block)
+    wanted = jnp.maximum(max(tiles.split_rows // num_rows, 1), -(-num_tiles // tiles.max_piece))
+    piece = -(-num_tiles // jnp.clip(wanted, 1, most))
+    splits = jnp.maximum(-(-num_tiles // jnp.maximum(piece, 1)), 1)
+    cost = splits * (piece + 1)  # what an item costs beside its tiles is worth about one tile
+    ends = jnp.cumsum(cost)
+    start = ends[-1] * jnp.arange(tiles.num_workers, dtype=jnp.int32) // tiles.num_workers
+    row = jnp.searchsorted(ends, start, side="right", method="compare_all").astype(jnp.int32)
+    shares = jnp.stack([row, start - (ends - cost)[row]], axis=-1)
+    end = jnp.array([[num_rows, 0]], jnp.int32)
+    rows = jnp.stack([lens, splits, piece, jnp.cumsum(splits) - splits], axis=-1)
+    return DecodeWork(rows.astype(jnp.int32), jnp.concatenate([shares.astype(jnp.int32), end]))
+
+
+class _Item(NamedTuple):
+    """A piece of a row under one kv head: key tiles [begin, end)."""
+
+    row: Any
+    head: Any
+    split: Any
+    splits: Any
+    length: Any
+    begin: Any
+    end: Any
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Everything static about one call."""
+
+    num_kv_heads: int
+    group: int
+    head_dim: int
+    page_size: int
+    max_splits: int
+    dtype: Any
+    options: Options
+    tiles: Tiles
+
+    @property
+    def padded_group(self) -> int:
+        """Query heads per kv head, rounded up to the rows of a shared-memory tile."""
+        return -(-self.group // 8) * 8
+
+    @property
+    def stages(self) -> int:
+        """Key and value tiles in flight."""
+        return 4 if self.head_dim <= 128 else 2
+
+    @property
+    def q_slots(self) -> int:
+        """Query tiles in shared memory."""
+        return 2 if self.head_dim <= 128 else 1
+
+
+def decode(
+    q: jax.Array, pool: jax.Array, table: jax.Array, work: DecodeWork, first_page, options: Options, tiles: Tiles
+) -> jax.Array:
+    """Attention of decode rows: q [D, N, H], table [D, P] -> [D, N, H]; zero where a row's length is 0."""
+    num_rows, num_heads, head_dim = q.shape
+    _, num_kv_heads, _, page_size, _ = pool.shape
+    group = num_heads // num_kv_heads
+    most = max_splits(num_rows, -(-table.shape[1] * page_size // tiles.block), tiles)
+    sizes = _Sizes(num_kv_heads, group, head_dim, page_size, most, q.dtype, options._replace(sinks=None), tiles)
+    padding = ((0, 0), (0, 0), (0, sizes.padded_group - group), (0, 0))
+    queries = jnp.pad(q.reshape(num_rows, num_kv_heads, group, head_dim), padding)
+    pieces = num_rows * most
+    run = plgpu.kernel(
+        functools.partial(_entry, sizes),
+        out_type=(
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((pieces, num_heads, head_dim), q.dtype),
+            jax.ShapeDtypeStruct((pieces, num_kv_heads, sizes.padded_group), jnp.float32),
+        ),
+        grid=(tiles.num_workers,),
+        grid_names=("worker",),
+        num_threads=2,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )
+    first = jnp.reshape(first_page, (1,)).astype(jnp.int32)
+    out, parts, lse = run(queries, pool, table, work.rows, work.shares, first)
+    if most == 1 and options.sinks is None:
+        return out
+    lse = lse.reshape(num_rows, most, num_kv_heads, -1)[..., :group].reshape(num_rows, most, num_heads)
+    parts = parts.reshape(num_rows, most, num_heads, head_dim)
+    return _merge(out, parts, lse, work.rows[:, 1], options.sinks)
+
+
+def _merge(out, parts, lse, splits, sinks):
+    """The rows' results from those of their pieces [D, S, N, H]; lse [D, S, N] is in base 2."""
+    real = jnp.arange(lse.shape[1]) < splits[:, None]
+    lse = jnp.where(real[:, :, None], lse, MASKED)
+    top = lse.max(axis=1, keepdims=True)
+    weights = jnp.exp2(lse - top)
+    total = weights.sum(axis=1, keepdims=True)
+    if sinks is not None:
+        total = total + jnp.exp2(sinks.astype(jnp.float32) * LOG2E - top)
+    weights = weights / total
+    single = out.astype(jnp.float32) * weights[:, 0, :, None] if sinks is not None else out.astype(jnp.float32)
+    parts = jnp.where(real[:, :, None, None], parts, 0).astype(jnp.float32)
+    merged = (parts * weights[..., None]).sum(axis=1)
+    return jnp.where((splits > 1)[:, None, None], merged, single).astype(out.dtype)
+
+
+def _entry(sizes: _Sizes, *refs):
+    """Allocates shared memory and barriers, then runs the two warpgroups."""
+    rows, block, width = WARPGROUP_ROWS, sizes.tiles.block, sizes.head_dim
+    stages, slots = sizes.stages, sizes.q_slots
+    layout = transforms(width)
+    copies = max(block // sizes.page_size, 1)
+    # The interpreter's way needs the probabilities in shared memory; the other has no use for them.
+    p_rows = 8 if sizes.tiles.registers else rows
+
+    def run(*scratch):
+        memory = _Shared(*scratch)
+        warpgroup = lax.axis_index("warpgroup")
+        pl.when(warpgroup == MEMORY)(lambda: _fetch(sizes, refs, memory))
+        pl.when(warpgroup == COMPUTE)(lambda: _compute(sizes, refs, memory))
+
+    pl.run_scoped(
+        run,
+        plgpu.SMEM((slots, rows, width), sizes.dtype, transforms=layout),
+        plgpu.SMEM((stages, block, width), sizes.dtype, transforms=layout),
+        plgpu.SMEM((stages, block, width), sizes.dtype, transforms=layout),
+        plgpu.SMEM((rows, width), sizes.dtype),
+        plgpu.SMEM((rows,), jnp.float32),
+        plgpu.SMEM((p_rows, block), sizes.dtype, transforms=transforms(block)),
+        plgpu.Barrier(num_barriers=slots),
+        plgpu.Barrier(num_barriers=slots),
+        plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+        plgpu.Barrier(num_barriers=stages),
+        plgpu.Barrier(num_barriers=stages),
+        collective_axes="warpgroup",
+    )
+
+
+class _Shared(NamedTuple):
+    """Shared memory of a thread block, and the barriers that hand its parts over."""
+
+    q: Any
+    k: Any
+    v: Any
+    out: Any
+    lse: Any
+    p: Any
+    q_full: Any
+    q_free: Any
+    k_full: Any
+    v_full: Any
+    k_free: Any
+    v_free: Any
+
+
+def _for_items(sizes: _Sizes, rows, shares, visit, carry):
+    """visit(index, item, carry) -> carry for each item of this worker's share, in order."""
+    heads, block, window = sizes.num_kv_heads, sizes.tiles.block, sizes.options.sliding_window
+    worker = lax.axis_index("worker")
+    num_rows = rows.shape[0]
+
+    def locate(worker):
+        """(row, item within the row, items before it) of the start of a worker's share."""
+        row, ahead = shares[worker, 0], shares[worker, 1]
+        real = jnp.minimum(row, num_rows - 1)
+        splits, cost, before = rows[real, 1], rows[real, 2] + 1, rows[real, 3]
+        item = jnp.where(row < num_rows, lax.div(ahead * heads + cost - 1, cost), splits * heads)
+        return real, item, before * heads + item, splits * heads
+
+    row, item, first, items_of_row = locate(worker)
+    _, _, last, _ = locate(worker + 1)
+    row, item = jnp.where(item < items_of_row, row, row + 1), jnp.where(item < items_of_row, item, 0)
+
+    def body(index, state):
+        row, item, carry = state
+        length, splits, piece = rows[row, 0], rows[row, 1], rows[row, 2]
+        split = lax.div(item, jnp.int32(heads))
+        begin = split * piece
+        end = jnp.minimum(begin + piece, lax.div(length + block - 1, jnp.int32(block)))
+        if window is not None:
+            begin = jnp.maximum(begin, lax.div(jnp.maximum(length - window, 0), jnp.int32(block)))
+        work = _Item(row, lax.rem(item, jnp.int32(heads)), split, splits, length, begin, jnp.maximum(begin, end))
+        carry = visit(index, work, carry)
+        more = item + 1 < splits * heads
+        return jnp.where(more, row, row + 1), jnp.where(more, item + 1, 0), carry
+
+    return lax.fori_loop(0, last - first, body, (row, item, carry))[2]
+
+
+def _fetch(sizes: _Sizes, refs, memory: _Shared):
+    """The memory warpgroup: queries and key and value tiles of all items, as fast as buffers come free."""
+    plgpu.set_max_registers(40, action="decrease")
+    q_ref, pool_ref, table_ref, rows_ref, shares_ref, first_ref = refs[:6]
+    block, page_size, stages = sizes.tiles.block, sizes.page_size, sizes.stages
+    first_page = first_ref[0]
+    size = min(block, page_size)
+
+    def load(row, head, last_page, tile, step):
+        stage = lax.rem(step, jnp.int32(stages))
+
+        @pl.when(step >= stages)
+        def _():
+            plgpu.barrier_wait(memory.k_free.at[stage])
+            plgpu.barrier_wait(memory.v_free.at[stage])
+
+        for part in range(block // size):
+            position = tile * block + part * size
+            # Past the row's last page that page is read again, from the cache: the barrier counts copies.
+            index = jnp.minimum(lax.div(position, jnp.int32(page_size)), last_page)
+            page = first_page + table_ref[row, index]
+            inside = pl.ds(lax.rem(position, jnp.int32(page_size)), size) if size < page_size else slice(None)
+            here = pl.ds(part * size, size)
+            plgpu.copy_gmem_to_smem(
+                pool_ref.at[page, head, 0, inside], memory.k.at[stage, here], memory.k_full.at[stage]
+            )
+            plgpu.copy_gmem_to_smem(
+                pool_ref.at[page, head, 1, inside], memory.v.at[stage, here], memory.v_full.at[stage]
+            )
+        return step + 1
+
+    def visit(index, item, step):
+        slot = lax.rem(index, jnp.int32(sizes.q_slots))
+        plgpu.barrier_wait(memory.q_free.at[slot])
+        here = pl.ds(0, sizes.padded_group)
+        plgpu.copy_gmem_to_smem(q_ref.at[item.row, item.head], memory.q.at[slot, here], memory.q_full.at[slot])
+        last_page = lax.div(item.length - 1, jnp.int32(page_size))
+        return lax.fori_loop(
+            item.begin, item.end, lambda tile, step: load(item.row, item.head, last_page, tile, step), step
+        )
+
+    steps = _for_items(sizes, rows_ref, shares_ref, visit, jnp.int32(0))
+
+    # Nobody may leave while arrivals are outstanding.
+    @pl.loop(jnp.maximum(steps - stages, 0), steps)
+    def _(step):
+        stage = lax.rem(step, jnp.int32(stages))
+        plgpu.barrier_wait(memory.k_free.at[stage])
+        plgpu.barrier_wait(memory.v_free.at[stage])
+
+    for slot in range(sizes.q_slots):
+        plgpu.barrier_wait(memory.q_free.at[slot])
+
+
+def _compute(sizes: _Sizes, refs, memory: _Shared):
+    """The compute warpgroup: online softmax over each item's tiles, then its result to device memory."""
+    plgpu.set_max_registers(232, action="increase")
+    *_, rows_ref, shares_ref, _, out_ref, parts_ref, lse_ref = refs
+    rows, width = WARPGROUP_ROWS, sizes.head_dim
+    # Rows past the group stay zero for good.
+    for slot in range(sizes.q_slots):
+        memory.q[slot] = plgpu.layout_cast(jnp.zeros((rows, width), sizes.dtype), plgpu.Layout.WGMMA)
+    plgpu.commit_smem()
+    for slot in range(sizes.q_slots):
+        plgpu.barrier_arrive(memory.q_free.at[slot])
+
+    def visit(index, item, step):
+        slot = lax.rem(index, jnp.int32(sizes.q_slots))
+        plgpu.barrier_wait(memory.q_full.at[slot])
+        statistic = plgpu.Layout.WGMMA.reduce(1)
+        acc = plgpu.layout_cast(jnp.zeros((rows, width), jnp.float32), plgpu.Layout.WGMMA)
+        top = plgpu.layout_cast(jnp.full((rows,), MASKED, jnp.float32), statistic)
+        total = plgpu.layout_cast(jnp.zeros((rows,), jnp.float32), statistic)
+        acc, top, total, step = lax.fori_loop(
+            item.begin,
+            item.end,
+            lambda tile, carry: _attend_tile(sizes, memory, slot, item.length, tile, carry),
+            (acc, top, total, step),
+        )
+        plgpu.barrier_arrive(memory.q_free.at[slot])
+        _store(sizes, memory, item, acc, top, total, out_ref, parts_ref, lse_ref)
+        return step
+
+    _for_items(sizes, rows_ref, shares_ref, visit, jnp.int32(0))
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _attend_tile(sizes: _Sizes, memory: _Shared, slot, length, tile, carry):
+    """One step of online softmax: scores of a key tile, then their weights times the value tile."""
+    acc, top, total, step = carry
+    rows, block, options = WARPGROUP_ROWS, sizes.tiles.block, sizes.options
+    stage = lax.rem(step, jnp.int32(sizes.stages))
+    plgpu.barrier_wait(memory.k_full.at[stage])
+
+    def multiply_keys(scores):
+        plgpu.wgmma(scores, memory.q.at[slot], memory.k.at[stage].transpose((1, 0)))
+        return scores[...]
+
+    scores = pl.run_scoped(multiply_keys, plgpu.ACC((rows, block), jnp.float32))
+    plgpu.barrier_arrive(memory.k_free.at[stage])
+    scores = scale_scores(scores, options)
+    key = plgpu.broadcasted_iota(jnp.int32, (rows, block), 1, layout=plgpu.Layout.WGMMA) + tile * block
+    seen = key < length
+    if options.sliding_window is not None:
+        seen = seen & (key >= length - options.sliding_window)
+    weights, factor, top, total = update_softmax(jnp.where(seen, scores, MASKED), top, total)
+    acc = acc * lax.broadcast_in_dim(factor, acc.shape, [0])
+    plgpu.barrier_wait(memory.v_full.at[stage])
+    pl.when((tile + 1) * block > length)(lambda: clear_unwritten(memory.v.at[stage], length - tile * block))
+    acc = add_values(acc, weights.astype(sizes.dtype), memory.v.at[stage], memory.p, sizes.tiles.registers)
+    plgpu.barrier_arrive(memory.v_free.at[stage])
+    return acc, top, total, step + 1
+
+
+def _store(sizes: _Sizes, memory: _Shared, item: _Item, acc, top, total, out_ref, parts_ref, lse_ref):
+    """Writes an item's result: to its row where that is one piece, else among the pieces."""
+    group = sizes.group
+    inverse = jnp.where(total > 0, 1.0 / jnp.maximum(total, 1e-30), 0.0)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the item before
+    memory.out[...] = (acc * lax.broadcast_in_dim(inverse, acc.shape, [0])).astype(sizes.dtype)
+    memory.lse[...] = jnp.where(total > 0, top + jnp.log2(jnp.maximum(total, 1e-30)), MASKED)
+    plgpu.commit_smem()
+    piece = item.row * sizes.max_splits + item.split
+    heads = pl.ds(item.head * group, group)
+    source = memory.out.at[pl.ds(0, group)]
+    pl.when(item.splits == 1)(lambda: plgpu.copy_smem_to_gmem(source, out_ref.at[item.row, heads]))
+    pl.when(item.splits > 1)(lambda: plgpu.copy_smem_to_gmem(source, parts_ref.at[piece, heads]))
+    plgpu.copy_smem_to_gmem(memory.lse.at[pl.ds(0, sizes.padded_group)], lse_ref.at[piece, item.head])

@@ -1,0 +1,99 @@
+"""What the two Mosaic GPU kernels of ragged_paged_attention share: tile sizes, and online softmax on a tile.
+
+Read by gpu.py, gpu_decode.py and gpu_prefill.py. Sizes are those of Hopper (sm_90a); nothing here asks a device.
+"""
+
+# The types of plgpu's own names are not to be had: it exports some of them lazily.
+# pyright: reportPrivateImportUsage=false, reportAbstractUsage=false
+
+import math
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.ragged_paged_attention.implementation import Options
+
+LOG2E = math.log2(math.e)
+MASKED = -1e30  # finite, so that a row with nothing seen yet gives exp2(0) = 1 and not NaN
+#: Rows of one matrix instruction of a warpgroup.
+WARPGROUP_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How the work is cut.
+
+    Attributes:
+        num_workers: thread blocks of a persistent kernel; one fits a multiprocessor.
+        block: key positions of a tile of the decode kernel. prefill_block: of the other one.
+        split_rows: below this many decode rows a row is cut so that about this many pieces exist in all.
+        max_piece: key tiles of a decode piece at most; longer rows are cut.
+        max_splits: most pieces of a row.
+        registers: probabilities go from registers into the second product and sums stay in registers, the fast way
+            that the interpreter cannot run; otherwise through shared memory.
+    """
+
+    num_workers: int = 132
+    block: int = 64
+    prefill_block: int = 128
+    split_rows: int = 32
+    max_piece: int = 32
+    max_splits: int = 64
+    registers: bool = True
+
+
+HOPPER = Tiles()
+#: The same programs in a form GPU interpret mode can run, small enough that it ends soon.
+INTERPRETED = Tiles(num_workers=2, prefill_block=64, registers=False)
+
+
+def transforms(head_dim: int) -> tuple:
+    """The layout in shared memory that the tensor cores read 16-bit rows of `head_dim` in."""
+    width = 64 if head_dim % 64 == 0 else 32
+    return (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(2 * width))
+
+
+def supports(head_dim: int, dtype, page_size: int) -> bool:
+    """Whether the kernels take this shape."""
+    return head_dim in (64, 96, 128, 256) and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) and 16 <= page_size <= 128
+
+
+def scale_scores(scores, options: Options):
+    """Scores in base 2, after scale and soft cap."""
+    if options.logits_soft_cap is None:
+        return scores * (options.scale * LOG2E)
+    cap = options.logits_soft_cap
+    return jnp.tanh(scores * (options.scale / cap)) * (cap * LOG2E)
+
+
+def update_softmax(scores, top, total):
+    """Weights of a tile's scores, the factor of what was summed before, and the new statistics."""
+    new_top = jnp.maximum(top, scores.max(axis=1))
+    factor = jnp.exp2(top - new_top)
+    weights = jnp.exp2(scores - lax.broadcast_in_dim(new_top, scores.shape, [0]))
+    return weights, factor, new_top, total * factor + weights.sum(axis=1)
+
+
+def clear_unwritten(values, count):
+    """Zeroes the rows of a value tile from `count` on: nobody wrote them, and 0 * NaN is NaN."""
+    tile = values[...]
+    row = plgpu.broadcasted_iota(jnp.int32, tile.shape, 0, layout=plgpu.Layout.WGMMA)
+    values[...] = jnp.where(row < count, tile, jnp.zeros_like(tile))
+    plgpu.commit_smem()
+
+
+def add_values(acc, weights, values, staging, registers: bool):
+    """acc + weights @ values."""
+    if registers:
+        return pl.run_state(lambda ref: plgpu.wgmma(ref, weights, values))(plgpu.ACC.init(acc))
+    staging[...] = weights
+    plgpu.commit_smem()
+
+    def multiply(ref):
+        plgpu.wgmma(ref, staging, values)
+        return ref[...]
+
+    return acc + pl.run_scoped(multiply, plgpu.ACC(acc.shape, jnp.float32))

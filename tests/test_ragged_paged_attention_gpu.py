@@ -1,0 +1,114 @@
+"""The Hopper kernels of ragged_paged_attention in GPU interpret mode, against the float64 reference.
+
+Every slot that no token may read holds NaN, and page ids past a row's need are arbitrary.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.ragged_paged_attention import Device, plan, ragged_paged_attention, reference, write_kv
+from pallas_kernels.ragged_paged_attention.cases import Mix, Shape, make_inputs
+from pallas_kernels.ragged_paged_attention.gpu_decode import max_splits, plan_decode
+from pallas_kernels.ragged_paged_attention.gpu_tiles import HOPPER
+
+LAYER = 1
+#: Of the whole output, by the norm: rounding of weights, pieces and results, to 8 bits each in bfloat16.
+TOLERANCE = {jnp.bfloat16: 4e-3, jnp.float16: 5e-4}
+
+
+def _check(shape: Shape, mix: Mix, page_size: int = 16, dtype=jnp.bfloat16, seed: int = 0, **options):
+    inputs = make_inputs(shape, mix, page_size=page_size, dtype=dtype, seed=seed)
+    with plgpu.force_gpu_interpret_mode():
+        shared = plan(
+            inputs.ragged,
+            num_tokens=mix.num_tokens,
+            num_pages=inputs.num_pages,
+            page_size=page_size,
+            decode_only=all(tokens == 1 for _, tokens in mix.rows),
+            implementation="gpu",
+        )
+        pool = write_kv(inputs.pool, inputs.k, inputs.v, shared, jnp.int32(LAYER))
+        options = {"scale": shape.head_dim**-0.5, **options}
+        out = ragged_paged_attention(inputs.q, pool, shared, jnp.int32(LAYER), **options)
+    wanted = reference.ragged_paged_attention(inputs.q, pool, inputs.ragged, LAYER, inputs.num_pages, **options)
+    out = np.asarray(out, np.float32)
+    assert np.isfinite(out).all()
+    assert not out[int(inputs.ragged.query_starts[-1]) :].any()
+    assert np.linalg.norm(out - wanted) <= TOLERANCE[dtype] * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("page_size", [16, pytest.param(128, marks=pytest.mark.long)])
+def test_decode(page_size):
+    _check(Shape(6, 2, 64), Mix(((1, 1), (64, 1), (65, 1), (300, 1)), 6, 6), page_size)
+
+
+def test_decode_with_every_option():
+    sinks = jnp.asarray([-1.0, 2.0])
+    options = {"sliding_window": 100, "logits_soft_cap": 3.0, "sinks": sinks, "scale": 0.2}
+    _check(Shape(2, 1, 64), Mix(((150, 1), (99, 1)), 2, 2), **options)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("shape", "dtype"), [(Shape(4, 1, 128), jnp.float16), (Shape(3, 1, 96), jnp.bfloat16)])
+def test_decode_shapes(shape, dtype):
+    _check(shape, Mix(((100, 1),), 2, 2), 32, dtype)
+
+
+def test_mixed():
+    _check(Shape(2, 1, 64), Mix(((70, 1), (20, 20), (80, 67)), 90, 4), 32)
+
+
+@pytest.mark.long
+def test_prefill_with_every_option_and_fewer_tokens_than_a_tile():
+    sinks = jnp.asarray([-1.0, 0.0, 2.0])
+    options = {"sliding_window": 60, "logits_soft_cap": 3.0, "sinks": sinks, "scale": 0.2}
+    _check(Shape(3, 1, 64), Mix(((140, 40), (3, 3)), 50, 3), **options)
+
+
+@pytest.mark.long
+def test_prefill_of_more_tokens_than_a_block_with_one_head():
+    _check(Shape(1, 1, 128), Mix(((135, 133),), 140, 2), 128, jnp.float16)
+
+
+def test_other_shapes_take_the_fallback():
+    _check(Shape(4, 2, 8), Mix(((100, 1), (40, 30)), 40, 4))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_piece_of_every_row_is_done_once(seed):
+    rng = np.random.default_rng(seed)
+    num_rows, heads = int(rng.integers(1, 300)), int(rng.integers(1, 17))
+    lens = rng.integers(0, rng.choice([2, 100, 9000]), num_rows)
+    work = plan_decode(jnp.asarray(lens, jnp.int32), 9000, HOPPER)
+    rows, shares = np.asarray(work.rows), np.asarray(work.shares)
+    most = max_splits(num_rows, -(-9000 // HOPPER.block), HOPPER)
+    tiles = -(-lens // HOPPER.block)
+    assert ((rows[:, 1] >= 1) & (rows[:, 1] <= most)).all()
+    assert ((rows[:, 1] - 1) * rows[:, 2] < np.maximum(tiles, 1)).all(), "a piece without tiles"
+    assert (rows[:, 1] * rows[:, 2] >= tiles).all(), "tiles in no piece"
+    # A worker starts at the first item that begins at or after its share's start, so the shares meet without a gap.
+    starts = [
+        rows[row, 3] * heads + -(-ahead * heads // (rows[row, 2] + 1)) if row < num_rows else rows[:, 1].sum() * heads
+        for row, ahead in shares
+    ]
+    assert starts[0] == 0 and starts[-1] == rows[:, 1].sum() * heads
+    assert (np.diff(starts) >= 0).all()
+    loads = np.diff(starts)
+    assert loads.max() <= loads.mean() * (rows[:, 2].max() + 1) + 1
+
+
+def test_a_row_is_cut_by_its_own_length():
+    alone = plan_decode(jnp.asarray([5000, 0, 0], jnp.int32), 9000, HOPPER).rows[0, 1:3]
+    together = plan_decode(jnp.asarray([5000, 9000, 70], jnp.int32), 9000, HOPPER).rows[0, 1:3]
+    assert alone.tolist() == together.tolist()
+
+
+def test_a_plan_is_made_for_the_device_of_the_program():
+    mix = Mix(((3, 1),), 2, 2)
+    ragged = make_inputs(Shape(4, 2, 64), mix).ragged
+    device = Device("gpu", "NVIDIA H100 80GB HBM3")
+    traced = jax.eval_shape(lambda r: plan(r, num_tokens=2, num_pages=128, page_size=16, device=device), ragged)
+    assert traced.implementation == "gpu" and traced.work.tiles == HOPPER
