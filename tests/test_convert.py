@@ -25,7 +25,7 @@ TINY = ROOT / "tests" / "golden" / "tiny" / "llama"
 def parameters(path: Path, dtype: str) -> dict[str, np.ndarray]:
     checkpoint = open_checkpoint(str(path))
     program = ModelProgram(read_config(checkpoint.config), dtype, jax.devices()[:1])
-    loaded = load(checkpoint, program.wanted, ignore=program.ignored_tensors, progress=False)
+    loaded = load(program.renamed(checkpoint), program.wanted, ignore=program.ignored_tensors, progress=False)
     return jax.device_get(loaded)
 
 
