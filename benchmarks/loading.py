@@ -83,7 +83,9 @@ def _load_once(path: str, dtype: str) -> dict[str, Any]:
     loader._place = placing
     with _peaks(placed) as peaks:
         started = time.perf_counter()
-        params = loader.load(checkpoint, program.wanted, ignore=program.ignored_tensors, progress=False)
+        params = loader.load(
+            program.renamed(checkpoint), program.wanted, ignore=program.ignored_tensors, progress=False
+        )
         jax.block_until_ready(params)
         seconds = time.perf_counter() - started
     largest = max(params.values(), key=lambda array: array.nbytes).nbytes

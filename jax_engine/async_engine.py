@@ -10,7 +10,7 @@ import logging
 import queue
 import threading
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence as AbstractSequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence as AbstractSequence
 
 import jax
 
@@ -98,6 +98,11 @@ class AsyncEngine:
     def tokenizer(self) -> Tokenizer | None:
         """The model's tokenizer, or None."""
         return self._engine.tokenizer
+
+    @property
+    def sampling_defaults(self) -> Mapping[str, Any]:
+        """Fields of SamplingParams that the model would have where a caller says nothing."""
+        return self._engine.sampling_defaults
 
     @property
     def model_name(self) -> str:

@@ -17,6 +17,7 @@ PREEMPTION_MODES = ("auto", "recompute", "swap")
 WINDOW_CACHES = ("pages", "slots")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
+GENERATION_CONFIGS = ("auto", "engine")
 
 
 def _option(default: Any, help: str) -> Any:
@@ -39,6 +40,9 @@ class EngineConfig:
     tokenizer: str | None = _option(None, "Folder or file of the tokenizer, when it is not with the model.")
     dtype: str = _option("auto", "Of weights, activations and KV: auto (float32 on CPU, else bfloat16), float32, ....")
     load_format: str = _option("auto", "auto: read the checkpoint. dummy: random weights for the model's config.")
+    generation_config: str = _option(
+        "auto", "Sampling of requests that do not say: auto: as the model's generation_config. engine: unchanged."
+    )
     tensor_parallel_size: int = _option(1, "Devices that hold the model between them.")
     enable_expert_parallel: bool = _option(
         False, "Keep each expert of a mixture whole on one of these devices, rather than a part of it on each."
@@ -107,6 +111,7 @@ class EngineConfig:
         self._check_choice("dtype", DTYPES)
         self._check_choice("window_cache", WINDOW_CACHES)
         self._check_choice("load_format", LOAD_FORMATS)
+        self._check_choice("generation_config", GENERATION_CONFIGS)
         for name in (
             "tensor_parallel_size",
             "num_processes",

@@ -48,7 +48,7 @@ def convert(model: str, out: str | Path, *, dtype: str = "auto", tokenizer: str 
         raise ConfigError(f"model: {checkpoint.path} is an Orbax checkpoint already")
     dtype = _stored_dtype(checkpoint) if dtype == "auto" else dtype
     program = ModelProgram(read_config(checkpoint.config), dtype, jax.devices("cpu")[:1])
-    params = load(checkpoint, program.wanted, ignore=program.ignored_tensors)
+    params = load(program.renamed(checkpoint), program.wanted, ignore=program.ignored_tensors)
     orbax_io.save(
         folder,
         params,

@@ -7,7 +7,7 @@
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence as AbstractSequence
+from collections.abc import Callable, Iterable, Mapping, Sequence as AbstractSequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -80,6 +80,7 @@ class Engine:
         config: policy and seed are read from it.
         step_log: where steps are written down; by default in memory only.
         builder: makes what the runner is given; by default batches.
+        sampling_defaults: what the model says of sampling, for callers to offer; requests come complete.
     """
 
     def __init__(
@@ -93,11 +94,13 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         step_log: StepLog | None = None,
         builder: Builder | None = None,
+        sampling_defaults: Mapping[str, Any] | None = None,
     ):
         self.limits = runner.limits
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.eos_token_ids = frozenset(eos_token_ids)
+        self.sampling_defaults = dict(sampling_defaults or {})
         self.scheduler = Scheduler(runner.limits, config.policy)
         self.queue = RequestQueue(config)
         self.metrics = Metrics(clock)

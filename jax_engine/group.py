@@ -25,7 +25,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jax_engine.batch import Batch
+from jax_engine.batch import Batch, StepResult
 from jax_engine.config import EngineConfig, Limits
 from jax_engine.errors import ConfigError
 from jax_engine.plan_codec import Sampling, decode, encode
@@ -129,16 +129,35 @@ class LeadingRunner:
     def dispatch(self, batch: Batch) -> Any:
         """Enqueues a step everywhere and returns at once."""
         self._leader.send(batch)
-        return self._runner.dispatch(batch)
+        return _Handle(self._runner.dispatch(batch))
 
     def sample(self, handle: Any, batch: Batch, mask: np.ndarray) -> None:
         """Enqueues the sampling of a deferred step everywhere and returns at once."""
         self._leader.send(Sampling(batch, mask))
-        self._runner.sample(handle, batch, mask)
+        self._runner.sample(handle.own, batch, mask)
 
     def copy_pages(self, schedule: Schedule) -> None:
         """Never called: the configuration refuses swap space for a model on several devices."""
         raise AssertionError("a group has no swap space")
+
+
+class _Handle:
+    """A step in flight everywhere. `own`: this process's handle of it."""
+
+    def __init__(self, own: Any):
+        self.own = own
+
+    def is_ready(self) -> bool:
+        return self.own.is_ready()
+
+    def result(self) -> StepResult:
+        try:
+            return self.own.result()
+        except Exception:
+            # A sum over the devices fails when a process is lost. The line to it notices too, and ends this process
+            # with a message that says so, before this wait is over.
+            time.sleep(_SILENCE_SECONDS + _BEAT_SECONDS)
+            raise
 
 
 class _Line:

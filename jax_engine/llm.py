@@ -53,6 +53,10 @@ class LLM:
         """Counters of the engine."""
         return self._engine.metrics
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What `generate` uses when it is given none: the model's generation_config, over our defaults."""
+        return SamplingParams(**self._engine.sampling_defaults)
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -88,7 +92,7 @@ class LLM:
     ) -> list[RequestOutput]:
         if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
             prompts = [prompts]  # type: ignore[list-item]
-        params = sampling_params if sampling_params is not None else SamplingParams()
+        params = sampling_params if sampling_params is not None else self.get_default_sampling_params()
         all_params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(all_params) != len(prompts):
             raise InvalidRequest(f"{len(prompts)} prompts but {len(all_params)} sampling_params", "sampling_params")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from checkpoints.formats import Checkpoint, open_checkpoint
 from checkpoints.tokenizer_files import TokenizerFiles
+from jax_engine import sampling_defaults
 from jax_engine.config import EngineConfig
 from jax_engine.engine import Engine
 from jax_engine.errors import ConfigError
@@ -67,6 +68,9 @@ def start_engine(config: EngineConfig, tokenizer: Tokenizer | None = None) -> En
         eos_token_ids=checkpoint.eos_token_ids or (tokenizer.eos_token_ids if tokenizer else ()),
         config=config,
         step_log=step_log,
+        sampling_defaults=(
+            sampling_defaults.read(checkpoint.generation_config) if config.generation_config == "auto" else None
+        ),
     )
     count_compilations(engine.metrics.add_compilation)
     # What has been made by now lives as long as the process; without this, each full collection walks all of it.

@@ -84,7 +84,7 @@ def _sampling_params(state: ServerState, body: ChatRequest, prompt: Prompt) -> S
     grammar = _grammar(state, body, prompt)
     if grammar is not None:
         overrides["structured_outputs"] = StructuredOutputsParams(grammar=grammar)
-    return body.to_sampling_params(detokenize=True, **overrides)
+    return body.to_sampling_params(detokenize=True, defaults=state.engine.sampling_defaults, **overrides)
 
 
 def _grammar(state: ServerState, body: ChatRequest, prompt: Prompt) -> str | None:

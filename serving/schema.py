@@ -6,6 +6,7 @@ here. `null` means the default.
 """
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -138,11 +139,14 @@ class GenerationRequest(Body, kw_only=True):
         if self.prompt_logprobs is not None and self.stream:
             raise bad_request("prompt_logprobs is not available with stream: true", "prompt_logprobs")
 
-    def sampling_params(self, *, detokenize: bool, **overrides: Any) -> SamplingParams:
+    def sampling_params(
+        self, *, detokenize: bool, defaults: Mapping[str, Any] | None = None, **overrides: Any
+    ) -> SamplingParams:
         """The sampling settings.
 
         Args:
             detokenize: the model has a tokenizer.
+            defaults: what the model would have where the client says nothing.
             overrides: fields that the endpoint decides.
 
         Raises:
@@ -153,8 +157,9 @@ class GenerationRequest(Body, kw_only=True):
         values["logit_bias"] = self._logit_bias()
         values["structured_outputs"] = self.output_form()
         values |= overrides
-        given: Any = {name: value for name, value in values.items() if value is not None or name == "max_tokens"}
-        return SamplingParams(detokenize=detokenize, output_kind=kind, **given)
+        given = {name: value for name, value in values.items() if value is not None}
+        chosen: Any = {"max_tokens": None, **(defaults or {}), **given}
+        return SamplingParams(detokenize=detokenize, output_kind=kind, **chosen)
 
     def output_form(self) -> StructuredOutputsParams | None:
         """What the output has to match, where anything is asked for.
@@ -193,7 +198,7 @@ class CompletionRequest(GenerationRequest, kw_only=True):
         """Only the prompt is wanted back (to score it); the one token that the engine must generate is dropped."""
         return bool(self.echo) and self.max_tokens == 0
 
-    def to_sampling_params(self, *, detokenize: bool) -> SamplingParams:
+    def to_sampling_params(self, *, detokenize: bool, defaults: Mapping[str, Any]) -> SamplingParams:
         """See `sampling_params`; 16 tokens unless asked otherwise."""
         limit = DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
         prompt_logprobs = self.prompt_logprobs
@@ -201,6 +206,7 @@ class CompletionRequest(GenerationRequest, kw_only=True):
             prompt_logprobs = max(self.logprobs, prompt_logprobs or 0)
         return self.sampling_params(
             detokenize=detokenize,
+            defaults=defaults,
             max_tokens=1 if self.echo_only else (self.max_completion_tokens or limit),
             logprobs=self.logprobs,
             prompt_logprobs=prompt_logprobs,

@@ -63,8 +63,8 @@ def test_more_devices_than_kv_heads_give_the_golden_answers(four):
     assert pool.shape[1] == 1 and pool.sharding.num_devices == 4
 
 
-#: Norms over all heads, sinks and biased experts, latent attention and shared experts, recurrent states.
-SOME = ("olmo2", "gpt_oss", "deepseek_v3", "qwen3_next")
+#: Recurrent states beside gated attention and shared experts; the others take too long for every run.
+SOME = ("qwen3_next",)
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.long)])
@@ -110,13 +110,13 @@ def test_async_is_sync_bit_for_bit_on_several_devices(two):
     assert list(map(content, got)) == list(map(content, want))
 
 
-def test_an_orbax_folder_is_restored_to_any_number_of_devices(two, tmp_path):
+@pytest.mark.parametrize("size", [4, pytest.param(1, marks=pytest.mark.long), pytest.param(8, marks=pytest.mark.long)])
+def test_an_orbax_folder_is_restored_to_any_number_of_devices(two, tmp_path, size):
     requests = [(prompt, SamplingParams(temperature=0, max_tokens=8)) for prompt, _ in random_requests(23, 3)]
     want = [output.outputs[0].token_ids for output in serve(two.engine(), requests)]
     weights = jax.tree_util.tree_leaves_with_path(two.runner.weights)
     params = {".".join(str(part.key) for part in path): weight for path, weight in weights}
     orbax_io.save(tmp_path / "copy", params, config=open_checkpoint(two.config.model).config)
-    for size in (1, 4):
-        copy = Modes(model=str(tmp_path / "copy"), tensor_parallel_size=size, **ONE_BUCKET)
-        assert [output.outputs[0].token_ids for output in serve(copy.engine(), requests)] == want
-        assert copy.runner.weights["embed"]["weight"].sharding.num_devices == size
+    copy = Modes(model=str(tmp_path / "copy"), tensor_parallel_size=size, **ONE_BUCKET)
+    assert [output.outputs[0].token_ids for output in serve(copy.engine(), requests)] == want
+    assert copy.runner.weights["embed"]["weight"].sharding.num_devices == size

@@ -58,7 +58,7 @@ def violations(file: str, source: str) -> list[str]:
     for scope, name, line in calls(tree):
         last = name.rsplit(".", 1)[-1]
         reads = last in read_back or (name in {"np.asarray", "numpy.asarray"} and in_device_code)
-        if last.startswith("device_put") and file not in UPLOADERS:
+        if last.startswith(("device_put", "make_array_from")) and file not in UPLOADERS:
             found.append(f"{file}:{line} puts data on a device; only {', '.join(sorted(UPLOADERS))} may")
         if reads and (file, scope) != READ_BACK:
             found.append(f"{file}:{line} reads back or waits ({name}); only {' '.join(READ_BACK)} may")
@@ -84,6 +84,7 @@ def test_who_touches_the_device() -> None:
     [
         ("jax_engine/engine.py", "import jax\njax.device_put(x)", 1),
         ("jax_engine/engine.py", "from jax import device_put", 1),
+        ("jax_engine/engine.py", "import jax\njax.make_array_from_callback(x)", 1),
         ("checkpoints/loader.py", "import jax\njax.block_until_ready(jax.device_put(x))", 0),
         ("checkpoints/loader.py", "import jax\njax.device_get(x)", 1),
         ("jax_engine/engine.py", "def f(x):\n    return g(x).block_until_ready()", 1),

@@ -76,6 +76,7 @@ class FakeAsyncEngine:
             raise ConfigError(f"max_model_len {self.config.max_model_len} is more than the model's 100000 positions")
         self.model_name = self.config.model
         self.tokenizer = tokenizer
+        self.sampling_defaults: dict[str, object] = {}
         self.limits = _limits(self.config.max_model_len or max_model_len)
         self.next_token, self.delay_s, self.max_waiting = next_token, delay_s, max_waiting
         self.fail_after, self.stall = fail_after, stall

@@ -5,6 +5,7 @@ Ctrl-C stops the current answer, which stays in the history as far as it came; a
 
 import asyncio
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ def run(argv: Sequence[str]) -> int:
         raise flags.UsageError("a conversation has one answer per turn: --n must be 1")
     params = SamplingParams(**chosen, output_kind=RequestOutputKind.DELTA)
     engine = common.build_engine(common.engine_config(flag_values), flags.non_defaults(flag_values))
+    params = dataclasses.replace(params, **{**engine.sampling_defaults, **chosen})
     try:
         if engine.tokenizer is None:
             raise ConfigError(f"the model {engine.model_name} has no tokenizer, so it cannot chat")

@@ -30,11 +30,13 @@ def run(argv: Sequence[str]) -> int:
     if not common.parse(flag_values, "generate", COMMANDS["generate"], argv):
         return 0
     prompts = _prompts(flag_values)
-    params = SamplingParams(**flags.values(flag_values, SamplingParams))
+    chosen = flags.values(flag_values, SamplingParams)
+    params = SamplingParams(**chosen)
     streams = len(prompts) == 1 and params.n == 1 and not flag_values["json"].value
     kind = RequestOutputKind.DELTA if streams else RequestOutputKind.FINAL_ONLY
     params = dataclasses.replace(params, output_kind=kind)
     engine = common.build_engine(common.engine_config(flag_values), flags.non_defaults(flag_values))
+    params = dataclasses.replace(params, **{**engine.sampling_defaults, **chosen})
     try:
         if streams:
             return asyncio.run(_print_stream(engine, prompts[0], params))

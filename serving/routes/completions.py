@@ -26,7 +26,8 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
     """Continues one prompt or several."""
     state = request.app[STATE]
     body, model = await read_request(request, CompletionRequest)
-    params = body.to_sampling_params(detokenize=state.engine.tokenizer is not None)
+    engine = state.engine
+    params = body.to_sampling_params(detokenize=engine.tokenizer is not None, defaults=engine.sampling_defaults)
     prompts = await tokenize(state, body.prompts(), body.add_special_tokens is not False)
     if body.echo and state.engine.tokenizer is None:
         raise bad_request("echo needs a tokenizer, which this model does not have", "echo")
