@@ -345,12 +345,13 @@ class Scheduler:
         for index, (sequence, start, count, samples) in enumerate(schedule.rows):  # by position: faster than by name
             token = tokens[index]
             sequence.num_inflight_steps -= 1
-            if not (start + count) % page_size and token != INVALID_TOKEN:
-                # A finished sequence may have surplus steps; what they wrote stands for no known token.
-                self.pool.index(sequence, min(start + count, len(sequence.token_ids)))
+            alive = sequence.status is not Status.FINISHED
+            # Of a finished sequence these are surplus steps, which need not have written anything.
+            if alive and not (start + count) % page_size and token != INVALID_TOKEN:
+                self.pool.index(sequence, start + count)
             if samples:
                 sequence.num_pending -= 1
-                if sequence.status is not Status.FINISHED:
+                if alive:
                     self._append(sequence, token)
                     deltas.append(TokenDelta(sequence, index, token))
             if not sequence.num_inflight_steps and sequence in self._leaving:
