@@ -342,17 +342,18 @@ class Scheduler:
             self._learn(schedule, seconds)
         page_size = self.limits.page_size
         deltas = []
-        for index, row in enumerate(schedule.rows):
-            sequence = row.sequence
+        for index, (sequence, start, count, samples) in enumerate(schedule.rows):  # by position: faster than by name
+            token = tokens[index]
             sequence.num_inflight_steps -= 1
-            if not (row.start + row.count) % page_size and tokens[index] != INVALID_TOKEN:
-                # A finished sequence may have surplus steps; what they wrote stands for no known token.
-                self.pool.index(sequence, min(row.start + row.count, len(sequence.token_ids)))
-            if row.samples:
+            alive = sequence.status is not Status.FINISHED
+            # Of a finished sequence these are surplus steps, which need not have written anything.
+            if alive and not (start + count) % page_size and token != INVALID_TOKEN:
+                self.pool.index(sequence, start + count)
+            if samples:
                 sequence.num_pending -= 1
-                if sequence.status is not Status.FINISHED:
-                    self._append(sequence, tokens[index])
-                    deltas.append(TokenDelta(sequence, index, tokens[index]))
+                if alive:
+                    self._append(sequence, token)
+                    deltas.append(TokenDelta(sequence, index, token))
             if not sequence.num_inflight_steps and sequence in self._leaving:
                 self._leaving.remove(sequence)
                 self._release(sequence)

@@ -66,7 +66,7 @@ def step(
     parts = layout.unpack(packed)
     num_single, features = parts["scalars"]
     ended = ended_rows(parts, cache.last_tokens)
-    parts["starts"] = jnp.where(ended, 0, parts["starts"])  # so that there is one key to attend to
+    move_to_one_key(parts, ended, page_size)
     query_starts = parts["query_starts"]
     lengths = parts["starts"] + query_starts[1:] - query_starts[:-1]
 
@@ -80,7 +80,6 @@ def step(
             device=device,
             keys_only=model.config.mla is not None,
         )
-        # An ended row stands at position 0, which holds something else; it must write nothing.
         return replace(made, slots=jnp.where(ended[made.rows], -1, made.slots))
 
     plan = make_plan(parts["page_table"], cache.token_ids.size // page_size)
@@ -136,6 +135,18 @@ def ended_rows(parts: dict[str, Array], last_tokens: Int[Array, " slots"]) -> Bo
     stops = (last == parts["stop_ids"]).any(axis=0)
     is_row = parts["query_starts"][1:] > parts["query_starts"][:-1]
     return is_row & (first < 0) & (stops | (last < 0))
+
+
+def move_to_one_key(parts: dict[str, Array], ended: Bool[Array, " B"], page_size: int) -> None:
+    """Lets ended rows stand at position 0, where there is one key to attend to, of the page they stood in.
+
+    That page is their sequence's alone. Page 0 of the sequence may be shared, and not every kernel can be told to
+    write nothing.
+    """
+    table, starts = parts["page_table"], parts["starts"]
+    own = jnp.take_along_axis(table, jnp.minimum(starts // page_size, table.shape[1] - 1)[:, None], axis=1)[:, 0]
+    parts["page_table"] = table.at[:, 0].set(jnp.where(ended, own, table[:, 0]))
+    parts["starts"] = jnp.where(ended, 0, starts)
 
 
 def _sampling_inputs(

@@ -11,7 +11,7 @@ from jax_engine.batch import BatchBuilder
 from jax_engine.buckets import Bucket
 from jax_engine.sampling_params import SamplingParams
 from jax_engine.schedule import Row, Schedule
-from jax_engine.step import ended_rows
+from jax_engine.step import ended_rows, move_to_one_key
 from tests.scheduling import make_limits, make_sequence
 
 UNWRITTEN = -7
@@ -66,17 +66,56 @@ def test_an_ended_row_writes_nothing_more(modes, depth, request):
         assert places_written(unknown) == length - 1 + depth - 1
 
 
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_a_page_whose_last_token_ended_the_sequence_is_not_found(one_bucket, depth):
+    """No step computes that token, so its keys and values are missing from the page."""
+    size = one_bucket.limits.page_size
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, logprobs=0)
+
+    def ask(engine, prompt, params):
+        engine.submit(engine.make_request("r", prompt, params))
+        return finish_all(engine)["r"].outputs[0]
+
+    for length in range(2, 2 + 2 * size):
+        prompt = [5] * length
+        tokens = ask(one_bucket.engine("sync", enable_prefix_caching=False), prompt, params).token_ids
+        ends = [n for n, token in enumerate(tokens) if token not in tokens[:n] and (length + n) % size == size - 1]
+        if ends and ends[-1] > 1:
+            break
+    stop = tokens[ends[-1]]
+    engine = one_bucket.engine("async", depth)
+    cache = one_bucket.runner._cache
+    with jax.transfer_guard("allow"):
+        one_bucket.runner._cache = dataclasses.replace(cache, pool=jnp.full_like(cache.pool, 3.0))
+    first = ask(engine, prompt, dataclasses.replace(params, stop_token_ids=[stop]))
+    assert first.token_ids[-1] == stop and (length + len(first.token_ids)) % size == 0
+    turn = [*prompt, *first.token_ids, 9, 9]
+    want = ask(one_bucket.engine("sync", enable_prefix_caching=False), turn, params)
+    with jax.transfer_guard("allow"):
+        one_bucket.runner._cache = dataclasses.replace(cache, pool=jnp.full_like(cache.pool, 3.0))
+    engine = one_bucket.engine("async", depth)
+    ask(engine, prompt, dataclasses.replace(params, stop_token_ids=[stop]))
+    assert ask(engine, turn, params) == want
+
+
 def test_ended_rows_are_those_whose_pending_token_ends_them():
     limits = make_limits()
     builder = BatchBuilder(limits, 23)
     layout = builder.layout(Bucket(4, 4, True))
-    sequences = [make_sequence(3, 9) for _ in range(4)]
+    sequences = [make_sequence(5, 9) for _ in range(4)]
     for slot, sequence in enumerate(sequences):
         sequence.slot, sequence.num_pending = slot, 1
-    rows = [Row(sequence, 3, 1, True) for sequence in sequences]
+    rows = [Row(sequence, 5, 1, True) for sequence in sequences]
     schedule = Schedule(rows, 4, 4, layout.bucket, sequences, [], [], [], [], [], 0.0)
+    for sequence in sequences:
+        schedule.grown.append((sequence, 0, [10 + sequence.slot, 20 + sequence.slot]))
     packed = builder.build(schedule).packed
     with jax.transfer_guard("allow"):
         last_tokens = jnp.asarray([3, 4, -1, 3, 0])  # EOS, another, NaN, EOS
-        got = np.asarray(ended_rows(layout.unpack(jnp.asarray(packed)), last_tokens))
+        parts = layout.unpack(jnp.asarray(packed))
+        ended = ended_rows(parts, last_tokens)
+        move_to_one_key(parts, ended, limits.page_size)
+        got, starts, pages = (np.asarray(array) for array in (ended, parts["starts"], parts["page_table"][:, 0]))
     assert got.tolist() == [True, False, True, True]
+    # They stand in the page they stood in, which is the second here, and never in the first, which others may share.
+    assert starts.tolist() == [0, 5, 0, 0] and pages.tolist() == [20, 11, 22, 23]
