@@ -120,7 +120,7 @@ class AsyncEngine:
         return self._engine.gauges
 
     def page_references(self) -> list[int]:
-        """How many sequences hold each KV page."""
+        """How many sequences hold each KV page; -1 for one that is kept in the prefix cache alone."""
         return self._engine.scheduler.pool.references()
 
     @property

@@ -356,12 +356,15 @@ class Engine:
     def _note_decisions(self, schedule: Schedule) -> None:
         for sequence in schedule.admitted:
             metrics = self._states[sequence.request.request_id].metrics
+            if not sequence.num_preemptions:
+                self.metrics.add_lookup(sequence.num_prompt_tokens, sequence.num_cached or 0)
             if metrics.first_scheduled_time is None:
                 metrics.first_scheduled_time = schedule.time
                 self.metrics.histograms["queue"].observe(schedule.time - metrics.arrival_time)
                 self.queue.admit(sequence.request.request_id, schedule.time)
         for preemption in schedule.preempted:
             self._states[preemption.sequence.request.request_id].metrics.num_preemptions += 1
+            self.metrics.preemptions_by_way[preemption.way] += 1
         self.metrics.preemptions += len(schedule.preempted)
 
     def _note_dispatch(self, schedule: Schedule, batch: Batch) -> None:

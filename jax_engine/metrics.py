@@ -96,6 +96,7 @@ class Metrics:
         self.steps: Counter[Bucket] = Counter()
         self.tokens: Counter[str] = Counter()
         self.preemptions = 0
+        self.preemptions_by_way: Counter[str] = Counter()
         self.requests: Counter[str] = Counter()
         #: Seconds: queue (arrival to first schedule), time_to_first_token and end_to_end (from arrival), inter_token
         #: (between the steps that brought a request tokens), step (on the device). Counts: prompt_tokens and
@@ -129,6 +130,11 @@ class Metrics:
         self.tokens["prompt"] += num_tokens - num_decode_tokens
         self.tokens["padding"] += bucket.num_tokens - num_tokens
 
+    def add_lookup(self, num_tokens: int, num_cached: int) -> None:
+        """Books that a prompt of `num_tokens` was looked up in the prefix cache, which had `num_cached` of them."""
+        self.tokens["looked_up"] += num_tokens
+        self.tokens["cached"] += num_cached
+
     def snapshot(self) -> dict[str, Any]:
         """All of it as plain numbers: seconds and counts."""
         return {
@@ -142,6 +148,9 @@ class Metrics:
             "host_seconds": {phase: self.host_seconds[phase] for phase in PHASES},
             "device_idle_seconds": {cause: self.device_idle_seconds[cause] for cause in (*PHASES, "no_work")},
             "preemptions": self.preemptions,
+            "preemptions_by_way": {way: self.preemptions_by_way[way] for way in ("recompute", "swap")},
+            "looked_up_tokens": self.tokens["looked_up"],
+            "cached_tokens": self.tokens["cached"],
             "requests_finished": dict(self.requests),
             "compiles_after_ready": self.compiles_after_ready,
             "histograms": {name: histogram.snapshot() for name, histogram in self.histograms.items()},

@@ -62,8 +62,10 @@ class PagePool:
         return len(self._index)
 
     def references(self) -> list[int]:
-        """How many sequences hold each page; may be called from any thread."""
-        return self._references.copy()
+        """How many sequences hold each page; -1 for one that nobody holds but whose contents are kept. For a picture:
+        may be called from any thread, and pages may be a step apart."""
+        pages = zip(self._references.copy(), self._contents.copy(), strict=True)
+        return [-1 if not count and contents is not None else count for count, contents in pages]
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages needed to hold `num_tokens` tokens."""

@@ -123,7 +123,13 @@ def _ours(snapshot: Mapping[str, Any], gauges: Any, make: _Families) -> Iterator
     yield make.counters("tokens", "Tokens computed, by kind.", "kind", snapshot["tokens_by_kind"])
     yield make.counter("generated_tokens", "Tokens that requests were given.", snapshot["generated_tokens"])
     yield make.counter("padding_tokens", "Tokens of steps that were only padding.", snapshot["padding_tokens"])
-    yield make.counter("preemptions", "Sequences that lost their pages to others.", snapshot["preemptions"])
+    yield make.counters(
+        "preemptions", "Sequences that lost their pages, by how they came back.", "way", snapshot["preemptions_by_way"]
+    )
+    yield make.counter(
+        "prefix_lookup_tokens", "Prompt tokens looked up in the prefix cache.", snapshot["looked_up_tokens"]
+    )
+    yield make.counter("prefix_hit_tokens", "Of them, those it had.", snapshot["cached_tokens"])
     yield make.counters(
         "requests_finished", "Completions, by why they ended.", "reason", _reasons(snapshot["requests_finished"])
     )
@@ -149,6 +155,8 @@ def _vllms(snapshot: Mapping[str, Any], gauges: Any, make: _Families) -> Iterato
     yield make.gauge("kv_cache_usage_perc", "Share of KV pages in use; 1 is all.", used)
     yield make.gauge("gpu_cache_usage_perc", "The same under its former name.", used)
     yield make.counter("num_preemptions", "Sequences that lost their pages to others.", snapshot["preemptions"])
+    yield make.counter("prefix_cache_queries", "Prompt tokens looked up in the cache.", snapshot["looked_up_tokens"])
+    yield make.counter("prefix_cache_hits", "Of them, those it had.", snapshot["cached_tokens"])
     yield make.counter("prompt_tokens", "Prompt tokens computed.", snapshot["tokens_by_kind"]["prompt"])
     yield make.counter("generation_tokens", "Tokens generated.", snapshot["generated_tokens"])
     yield make.counters(

@@ -114,5 +114,8 @@ def slow_build(config: EngineConfig) -> AsyncEngine:
 if __name__ == "__main__":
     from serving.cli import main
 
-    jax_engine.AsyncEngine = slow_build if "--slow-load" in sys.argv else build  # type: ignore[misc]
-    sys.exit(main(["serve", "faulty", "--port=0", *(word for word in sys.argv[1:] if word != "--slow-load")]))
+    words = sys.argv[1:]
+    if "--slow-steps" in words:
+        FaultyRunner.step_s = 0.03
+    jax_engine.AsyncEngine = slow_build if "--slow-load" in words else build  # type: ignore[misc]
+    sys.exit(main(["serve", "faulty", "--port=0", *(word for word in words if not word.startswith("--slow-"))]))

@@ -270,3 +270,35 @@ async def test_sigterm_ends_an_idle_server_at_once_and_figures_are_logged(tmp_pa
         assert await asyncio.to_thread(process.wait, 10) == 0
     assert all(json.loads(line)["message"] for line in lines)
     assert any(event["name"] == "step 0" for event in json.loads(trace.read_text())["traceEvents"])
+
+
+@pytest.mark.long
+async def test_ten_thousand_connections_leave_the_server_serving():
+    with server_process("--max_connections=500", "--idle_timeout_s=600") as (process, url, _):
+        host, port = re.search(r"//([\d.]+):(\d+)", url).groups()
+        files = Path(f"/proc/{process.pid}/fd")
+        async with aiohttp.ClientSession(url) as session:  # one connection, which stays
+            before = await canary(session)
+            num_before, held, num_refused = len(list(files.iterdir())), [], 0
+            for _ in range(20):
+                batch = await asyncio.gather(*(asyncio.open_connection(host, port) for _ in range(500)))
+                held += batch
+                num_refused += sum(await asyncio.gather(*(was_refused(reader) for reader, _ in batch)))
+            assert num_refused == 10_000 - 499
+            assert len(list(files.iterdir())) <= num_before + 500
+            assert await canary(session) == before
+            for _, writer in held:
+                writer.close()
+            await until(lambda: len(list(files.iterdir())) <= num_before + 2)
+            assert await canary(session) == before
+        async with aiohttp.ClientSession(url) as session:
+            assert await canary(session) == before
+
+
+async def was_refused(reader):
+    """Whether the server closed the connection, saying why; it says nothing to one that it keeps."""
+    try:
+        async with asyncio.timeout(3.0):
+            return b" 503 " in await reader.read()
+    except TimeoutError:
+        return False

@@ -36,6 +36,8 @@ def engine_with_numbers():
     metrics.add_no_work(2.0)
     metrics.tokens["generated"] = 7
     metrics.requests["stop"] = 2
+    metrics.add_lookup(100, 64)
+    metrics.preemptions_by_way["swap"] = 3
     return engine
 
 
@@ -48,6 +50,9 @@ async def test_engine_numbers_are_exported_as_they_are():
     assert samples["jax_engine_device_idle_seconds_total"][("cause", "no_work"), model] == 2.0
     assert samples["jax_engine_requests_finished_total"][model, ("reason", "stop")] == 2.0
     assert samples["jax_engine_requests_finished_total"][model, ("reason", "error")] == 0.0
+    assert samples["jax_engine_prefix_hit_tokens_total"] == {(model,): 64.0}
+    assert samples["jax_engine_prefix_lookup_tokens_total"] == {(model,): 100.0}
+    assert samples["jax_engine_preemptions_total"] == {(model, ("way", "recompute")): 0, (model, ("way", "swap")): 3}
     assert samples["jax_engine_compiles_after_ready_total"] == {(model,): 0.0}
     buckets = samples["jax_engine_time_to_first_token_seconds_bucket"]
     assert buckets[("le", "0.002"), model] == 0.0 and buckets[("le", "0.005"), model] == 1.0
@@ -61,6 +66,8 @@ async def test_vllms_names_by_choice():
     labels = (("engine", "0"), ("model_name", "fake-model"))
     for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "num_preemptions_total"):
         assert samples[f"vllm:{name}"] == {labels: 0.0}
+    assert samples["vllm:prefix_cache_queries_total"] == {labels: 100.0}
+    assert samples["vllm:prefix_cache_hits_total"] == {labels: 64.0}
     assert samples["vllm:generation_tokens_total"] == {labels: 7.0}
     assert samples["vllm:request_success_total"][labels[0], ("finished_reason", "stop"), labels[1]] == 2.0
     for name in ("time_to_first_token", "inter_token_latency", "e2e_request_latency", "request_queue_time"):

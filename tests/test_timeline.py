@@ -67,6 +67,7 @@ def test_an_engine_books_every_phase_step_and_wait(many_buckets, scheduling):
     assert counts["output_tokens"] == 4 and figures["histograms"]["output_tokens"]["sum"] == 20
     assert counts["inter_token"] == 8  # per request and step, not per completion
     assert figures["generated_tokens"] == 20
+    assert figures["looked_up_tokens"] == 12
     assert counts["step"] == figures["steps"] == len(steps(engine.timeline))
     phases = {span.phase for span in engine.timeline.spans() if isinstance(span, HostSpan)}
     assert phases == {"schedule", "build", "dispatch", "wait", "commit"}
@@ -75,5 +76,7 @@ def test_an_engine_books_every_phase_step_and_wait(many_buckets, scheduling):
     ready = [span.ready for span in steps(engine.timeline)]
     assert all(after.start >= before for before, after in zip(ready, steps(engine.timeline)[1:], strict=False))
     assert sum(span.num_tokens for span in steps(engine.timeline)) == sum(figures["tokens_by_kind"].values())
+    references = engine.scheduler.pool.references()
+    assert len(references) == engine.limits.num_pages and set(references) <= {-1, 0}
     gauges = engine.gauges
     assert (gauges.running, gauges.waiting, gauges.used_pages, gauges.inflight_steps) == (0, 0, 0, 0)

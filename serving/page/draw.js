@@ -165,7 +165,8 @@ export function histogram(canvas, data) {
   canvas.setAttribute("aria-label", text);
 }
 
-// The pool as a grid: a cell is darker the more of it is held; cells of one page held by several are outlined.
+// The pool as a grid: a cell is stronger the more of it is held; a page held by several has a mark, one that only the
+// prefix cache keeps another colour.
 export function pool(canvas, pages) {
   const { context, width, height } = begin(canvas);
   const count = pages.cells.length;
@@ -174,8 +175,8 @@ export function pool(canvas, pages) {
   pages.cells.forEach((held, index) => {
     const x = (index % columns) * size;
     const y = Math.floor(index / columns) * size;
-    context.globalAlpha = held ? 0.35 + 0.65 * Math.min(1, held / pages.per_cell) : 1;
-    context.fillStyle = colour(held ? "decode" : "no_work");
+    context.globalAlpha = held > 0 ? 0.35 + 0.65 * Math.min(1, held / pages.per_cell) : held < 0 ? 0.5 : 1;
+    context.fillStyle = colour(held > 0 ? "decode" : held < 0 ? "prompt" : "no_work");
     context.fillRect(x, y, size - 1, size - 1);
     if (pages.per_cell === 1 && held > 1) {
       context.globalAlpha = 1;

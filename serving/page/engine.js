@@ -71,7 +71,7 @@ function draw(view) {
   histogram($("ttft"), view.histograms.time_to_first_token);
   histogram($("itl"), view.histograms.inter_token);
   pool($("pool"), view.pages);
-  const pages = view.pages.per_cell === 1 ? "a cell is a page" : `a cell is ${view.pages.per_cell} pages`;
+  const pages = view.pages.per_cell === 1 ? "a cell is a page; blue is kept for its prefix, a mark means shared" : `a cell is ${view.pages.per_cell} pages`;
   $("pool-caption").textContent = `KV pool: ${view.gauges.used_pages} of ${view.gauges.num_pages} pages of ${view.limits.page_size} tokens in use; ${pages}`;
 }
 

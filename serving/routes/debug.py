@@ -82,12 +82,12 @@ def _view(state: ServerState, seconds: float) -> dict[str, Any]:
 
 def _pages(references: list[int]) -> dict[str, Any]:
     """The pool as at most 1024 cells, each of as many pages; a cell tells how many of its pages are held, or, where it
-    is one page, by how many sequences."""
+    is one page, by how many sequences (-1: by the prefix cache alone)."""
     per_cell = -(-len(references) // _MAX_CELLS)
     if per_cell == 1:
         return {"per_cell": 1, "cells": references}
     cells = [
-        sum(1 for count in references[first : first + per_cell] if count)
+        sum(1 for count in references[first : first + per_cell] if count > 0)
         for first in range(0, len(references), per_cell)
     ]
     return {"per_cell": per_cell, "cells": cells}
