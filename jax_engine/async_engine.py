@@ -11,6 +11,7 @@ import queue
 import threading
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence as AbstractSequence
+from typing import Any
 
 import jax
 
