@@ -83,8 +83,9 @@ class Replay:
         if schedule.rows:
             self.num_steps += 1
             self._schedules[event.number] = schedule
+        replayed["bucket"] = schedule.bucket and list(schedule.bucket)
         replayed["free_pages"] = self.scheduler.pool.num_free
-        logged = event.decision | {"free_pages": event.free_pages}
+        logged = event.decision | {"bucket": event.bucket and list(event.bucket), "free_pages": event.free_pages}
         for field in ("rows", *(logged.keys() | replayed.keys()) - {"rows"}):
             if logged.get(field) != replayed.get(field):
                 return _difference(event.number, field, logged.get(field), replayed.get(field))

@@ -79,7 +79,7 @@ class Step(msgspec.Struct, tag="step", frozen=True):
     Attributes:
         number: of the dispatched step; of a decision without rows, that of the step to come.
         time: when scheduling began.
-        decision: the fields of Schedule, a sequence by its number; each row is [sequence, start, count, samples].
+        decision: the other fields of Schedule, a sequence by its number; a row is [sequence, start, count, samples].
         bucket: None when there were no rows.
         free_pages, num_running, num_waiting: after the decision.
         host: seconds of schedule, build and dispatch.
@@ -304,8 +304,8 @@ class StepLog:
 
 
 def decision(schedule: Schedule) -> dict[str, Any]:
-    """A schedule's fields as plain values, sequences by their number."""
-    fields = {name: _plain(getattr(schedule, name)) for name in schedule._fields if name != "rows"}
+    """A schedule's fields but for the bucket as plain values, sequences by their number."""
+    fields = {name: _plain(getattr(schedule, name)) for name in schedule._fields if name not in ("rows", "bucket")}
     fields["rows"] = [(row[0].order, *row[1:]) for row in schedule.rows]
     return fields
 

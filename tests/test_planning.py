@@ -1,5 +1,6 @@
 """Traces, cost models, the simulator and the planner; and their commands, from a log to a plan."""
 
+import dataclasses
 import json
 
 import msgspec
@@ -320,6 +321,22 @@ def test_the_pool_stays_as_many_tokens():
     _, limits = limits_for(make_cost(num_pages=None), {"page_size": 32})
     assert limits.num_pages * 32 == 512 * 16
     assert limits_for(make_cost(), {"num_pages": 100})[1].num_pages == 100
+
+
+def test_what_is_known_of_the_device_stays():
+    known = make_cost(swap_space_gib=2.0)
+    had = dataclasses.replace(known.header.limits, num_swap_pages=40, swap_page_seconds=1e-4, token_seconds=1e-3)
+    known = msgspec.structs.replace(known, header=msgspec.structs.replace(known.header, limits=had))
+    limits = limits_for(known, {"swap_space_gib": 1.0, "page_size": 32})[1]
+    assert (limits.num_swap_pages, limits.swap_page_seconds, limits.token_seconds) == (10, 2e-4, 1e-3)
+    with pytest.raises(ConfigError, match="speed of its copies"):
+        limits_for(make_cost(), {"swap_space_gib": 1.0})
+
+
+def test_shared_prefixes_are_computed_once():
+    load = random_trace(80, 20, seed=11, groups=1, prefix_tokens=400)
+    cached, not_cached = (simulate(load, make_cost(), {"enable_prefix_caching": on}) for on in (True, False))
+    assert cached.figures.ttft_ms["p50"] < 0.5 * not_cached.figures.ttft_ms["p50"]
 
 
 def test_figures_of_what_clients_saw():

@@ -31,7 +31,7 @@ MODEL = ModelConfig(
     head_dim=1,
     max_position_embeddings=256,
 )
-OPTIONS = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "token_buckets": (16, 32), "page_size": 4, "num_pages": 28}
+OPTIONS = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "token_buckets": (16, 32), "page_size": 4, "num_pages": 26}
 
 
 class Clock:
@@ -47,6 +47,8 @@ class Clock:
 def make_engine(path=None, max_bytes=1 << 30, **options) -> Engine:
     config = EngineConfig(**OPTIONS | options)
     limits = resolve(config, MODEL, platform="cpu", num_pages=64)
+    if config.swap_space_gib:
+        limits = dataclasses.replace(limits, num_swap_pages=30, swap_page_seconds=1e-4, token_seconds=1e-3)
     header = Header(
         version="1",
         platform="cpu",
@@ -77,7 +79,8 @@ def run(engine: Engine, seed: int, count: int = 30) -> None:
                 stop=chance.choice([None, ["!"], ["0", "a"]]),
                 stop_token_ids=[chance.randrange(VOCAB)],
             )
-            engine.submit(engine.make_request(f"r{number}", prompt, params, priority=chance.randrange(3)))
+            priority, user = chance.randrange(3), chance.choice(["a", "b", None])
+            engine.submit(engine.make_request(f"r{number}", prompt, params, priority, user=user))
         if chance.random() < 0.02:
             engine.abort(f"r{chance.randrange(count)}")
         engine.step()
@@ -88,11 +91,21 @@ def lines_of(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"policy": "priority", "priority_ageing_s": 0.01},
+        {"policy": "fair", "user_weights": ("a=2",)},
+        {"policy": "slo", "slo_classes": ("default:5:1",), "swap_space_gib": 1.0},
+        {"max_decode_gap_ms": 1.0, "max_concurrent_prefills": 2, "enable_prefix_caching": False},
+    ],
+    ids=["fcfs", "priority", "fair", "slo-swap", "decode-gap"],
+)
 @pytest.mark.parametrize(("scheduling", "depth"), [("static", 1), ("sync", 1), ("async", 2), ("async", 4)])
-def test_replay_makes_the_same_decisions(tmp_path, policy, scheduling, depth):
+def test_replay_makes_the_same_decisions(tmp_path, options, scheduling, depth):
     path = tmp_path / "log"
-    engine = make_engine(path, policy=policy, scheduling=scheduling, max_inflight_steps=depth)
+    engine = make_engine(path, scheduling=scheduling, max_inflight_steps=depth, **options)
     run(engine, seed=depth)
     assert engine.metrics.preemptions, "the pool is meant to be too small"
     replay = Replay(LogReader(str(path)))
@@ -124,7 +137,7 @@ def altered(path, change) -> str:
         ("number of rows", lambda line: line["decision"]["rows"].append([99, 0, 1, True])),
         ("free_pages", lambda line: line.__setitem__("free_pages", 1000)),
         ("number of preempted", lambda line: line["decision"]["preempted"].append(0)),
-        ("bucket", lambda line: line["decision"].__setitem__("bucket", [48, 4, True])),
+        ("bucket", lambda line: line.__setitem__("bucket", [48, 4, True])),
     ],
 )
 def test_an_altered_log_is_found_at_its_step(tmp_path, capsys, field, change):

@@ -154,8 +154,8 @@ class Prediction(msgspec.Struct, frozen=True):
 def limits_for(cost: CostModel, options: dict[str, Any]) -> tuple[EngineConfig, Limits]:
     """Configuration and sizes of an engine like the measured one, but for `options` (fields of EngineConfig).
 
-    What the measured engine derived from its device stays: the number of KV pages, as many tokens' worth of them as it
-    had.
+    What the measured engine derived from its device stays: the size of its KV pool, and how fast it computes prompts
+    and copies pages. Swap space that it did not have has no speed, and is no choice.
 
     Raises:
         ConfigError: the choices contradict each other.
@@ -173,10 +173,22 @@ def limits_for(cost: CostModel, options: dict[str, Any]) -> tuple[EngineConfig, 
         head_dim=1,
         max_position_embeddings=header.max_position_embeddings,
     )
-    page_size = config.page_size or header.limits.page_size
+    had = header.limits
+    if config.swap_space_gib and not had.num_swap_pages:
+        raise ConfigError("swap_space_gib: the measured engine had none, so the speed of its copies is not known")
+    page_size = config.page_size or had.page_size
     config = dataclasses.replace(config, page_size=page_size)
-    pool = header.limits.num_pages * header.limits.page_size // page_size
-    return config, resolve(config, model, platform=header.platform, num_pages=max(1, pool))
+    limits = resolve(
+        config, model, platform=header.platform, num_pages=max(1, had.num_pages * had.page_size // page_size)
+    )
+    scale = page_size / had.page_size
+    share = config.swap_space_gib / header.config.swap_space_gib if had.num_swap_pages else 0
+    return config, dataclasses.replace(
+        limits,
+        num_swap_pages=int(had.num_swap_pages * share / scale),
+        swap_page_seconds=had.swap_page_seconds * scale,
+        token_seconds=limits.token_seconds or had.token_seconds,
+    )
 
 
 def simulate(
