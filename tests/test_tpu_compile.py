@@ -117,16 +117,18 @@ def engine_limits(model: ModelConfig, num_pages: int, **options):
     return resolve(config, model, platform="tpu", num_pages=num_pages)
 
 
+def two_layers(model: ModelConfig) -> ModelConfig:
+    return dataclasses.replace(model, num_hidden_layers=2, layers=model.layers[:2])
+
+
 LLAMA_8B = read_config(NAMED_SHAPES["llama-3.1-8b"])
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("chip", ["v6e:1x1", "tpu7x:1x1x1"])
 def test_whole_steps_of_an_8b_model_compile_in_place(chip):
-    """With two of the 32 layers: the others are the same again, and test_all_layers has them."""
-    program = ModelProgram(
-        dataclasses.replace(LLAMA_8B, num_hidden_layers=2), "auto", compile_target.open_target(chip).devices[:1]
-    )
+    """With two of the 32 layers: the others are the same again."""
+    program = ModelProgram(two_layers(LLAMA_8B), "auto", compile_target.open_target(chip).devices[:1])
     limits = engine_limits(program.model_config, 65536, max_num_seqs=64)
     for bucket in (Bucket(64, 64, True), Bucket(512, 64, False)):
         report = compile_target.compile_step(program, bucket, limits)
