@@ -1,0 +1,110 @@
+"""Grammars through the real engine over a fake device: every schedule gives the same, and failures stay alone."""
+
+import dataclasses
+import random
+import re
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from benchmarks.scheduler_host import make_limits
+from jax_engine.config import EngineConfig
+from jax_engine.engine import Engine
+from jax_engine.errors import InvalidRequest
+from jax_engine.request import FinishReason
+from jax_engine.sampling_params import RequestOutputKind, SamplingParams
+from jax_engine.structured_outputs import StructuredOutputsParams
+from jax_engine.testing.byte_tokenizer import EOS, ByteTokenizer
+from jax_engine.testing.fake_runner import FakeRunner
+
+REGEXES = ["[a-f]{3,9}", "(ab|cd)+x", "[0-9]{40}", "(yes|no|maybe)"]
+
+
+def make_engine(depth: int, num_pages: int | None = None) -> Engine:
+    limits = make_limits(4, 128, depth)
+    limits = dataclasses.replace(limits, max_inflight_steps=depth, num_pages=num_pages or limits.num_pages)
+    vocab_size = ByteTokenizer.vocab_size
+    return Engine(
+        FakeRunner(limits, vocab_size),
+        ByteTokenizer(),
+        vocab_size=vocab_size,
+        eos_token_ids=[EOS],
+        config=EngineConfig(model="fake"),
+    )
+
+
+def params(regex: str | None, **fields) -> SamplingParams:
+    form = None if regex is None else StructuredOutputsParams(regex=regex)
+    kind = RequestOutputKind.FINAL_ONLY
+    return SamplingParams(**{"max_tokens": 60, "structured_outputs": form, "output_kind": kind} | fields)
+
+
+def serve(engine: Engine, requests, chance: random.Random) -> list:
+    outputs, waiting = {}, list(enumerate(requests))
+    while waiting or engine.has_work:
+        while waiting and chance.random() < 0.5:
+            number, (prompt, request) = waiting.pop(0)
+            engine.submit(engine.make_request(str(number), prompt, request))
+        outputs |= {output.request_id: output for output in engine.step()}
+        engine.scheduler.check()
+    assert engine.scheduler.pool.num_free == engine.limits.num_pages and not engine._grammars._states
+    return [outputs[str(number)] for number in range(len(requests))]
+
+
+def content(output) -> list:
+    return [(c.token_ids, c.text, c.finish_reason) for c in output.outputs]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    wanted=st.lists(
+        st.tuples(st.sampled_from([*REGEXES, None]), st.integers(1, 40), st.integers(1, 2)), min_size=1, max_size=10
+    ),
+    depth=st.integers(1, 4),
+    num_pages=st.integers(9, 24),
+    seed=st.integers(0, 1000),
+)
+def test_every_schedule_gives_the_same(wanted, depth, num_pages, seed):
+    requests = [([(n * 7 + i) % 250 for i in range(size)], params(regex, n=n)) for regex, size, n in wanted]
+    want = serve(make_engine(1), requests, random.Random(0))
+    got = serve(make_engine(depth, num_pages), requests, random.Random(seed))
+    assert list(map(content, got)) == list(map(content, want))
+    for (regex, _, _), output in zip(wanted, got, strict=True):
+        for completion in output.outputs:
+            if regex is not None and completion.finish_reason is FinishReason.STOP:
+                assert re.fullmatch(regex, completion.text), completion.text
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_state_that_fails_ends_its_request_alone(depth):
+    engine = make_engine(depth)
+    for number, regex in enumerate(["[0-9]{40}", "[0-9]{40}", None]):
+        engine.submit(engine.make_request(str(number), [5, 6], params(regex, n=2 if number == 0 else 1)))
+    outputs = {}
+    for turn in range(500):
+        if turn == 8:
+            victim = next(s for s in engine._grammars._states if s.request.request_id == "0")
+            assert not engine._grammars._states[victim].consume_token(ord("x"))
+        outputs |= {output.request_id: output for output in engine.step()}
+        if not engine.has_work:
+            break
+    assert {c.finish_reason for c in outputs["0"].outputs} == {FinishReason.ERROR}
+    assert outputs["0"].error_param == "structured_outputs"
+    assert re.fullmatch("[0-9]{40}", outputs["1"].outputs[0].text) and outputs["2"].error is None
+    assert engine.scheduler.pool.num_free == engine.limits.num_pages and not engine._grammars._states
+
+
+def test_a_model_without_an_end_token_refuses():
+    engine = make_engine(2)
+    engine = Engine(
+        engine._runner, ByteTokenizer(), vocab_size=258, eos_token_ids=[], config=EngineConfig(model="fake")
+    )
+    with pytest.raises(InvalidRequest, match="ends an output"):
+        engine.make_request("a", [5], params("a+"))
+
+
+def test_the_same_grammar_is_compiled_once():
+    engine = make_engine(2)
+    first, second = (engine.make_request(str(n), [5], params("a+")).grammar for n in range(2))
+    assert first is second is not None
+    assert engine.make_request("x", [5], params("b+")).grammar is not first
