@@ -89,7 +89,8 @@ def test_two_processes_give_the_tokens_of_one_and_end_together() -> None:
 @pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.long)])
 def test_a_lost_process_ends_the_other_within_ten_seconds(victim: int) -> None:
     with Group("forever") as group:
-        assert json.loads(group.processes[0].stdout.readline())
+        # The collectives' library says on the same stream whom it has reached.
+        assert any(line.startswith("[[") for line in group.processes[0].stdout), "process 0 ended before its answers"
         group.processes[victim].send_signal(signal.SIGKILL)
         killed = time.monotonic()
         survivor = group.processes[1 - victim]
