@@ -7,29 +7,20 @@
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence as AbstractSequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 
 from jax_engine.batch import Batch, BatchBuilder, StepResult
 from jax_engine.config import EngineConfig, Limits
-from jax_engine.constraints import MAX_BAN_TOKENS
 from jax_engine.errors import InvalidRequest, QueueFull
-from jax_engine.grammar import Grammar, GrammarCompiler, GrammarStates
+from jax_engine.grammar import GrammarStates
+from jax_engine.intake import Intake
 from jax_engine.metrics import Gauges, Metrics
-from jax_engine.output import OutputState
-from jax_engine.request import (
-    MAX_NAME_CHARS,
-    FinishReason,
-    Logprob,
-    PositionLogprobs,
-    Request,
-    RequestMetrics,
-    RequestOutput,
-)
+from jax_engine.output import OutputState, position_logprobs, unit_vector
+from jax_engine.request import FinishReason, Request, RequestMetrics, RequestOutput
 from jax_engine.request_queue import RequestQueue
-from jax_engine.sampling_params import SamplingParams
 from jax_engine.schedule import NO_TOKEN_ALLOWED, Row, Schedule, TokenDelta
 from jax_engine.scheduler import Scheduler
 from jax_engine.sequence import Sequence
@@ -70,7 +61,7 @@ class Runner(Protocol):
 
 
 class Engine:
-    """The loop, and the life of requests.
+    """The loop, and the life of requests. `make_request` is that of intake.Intake.
 
     Args:
         runner: runs the steps.
@@ -97,6 +88,7 @@ class Engine:
         sampling_defaults: Mapping[str, Any] | None = None,
     ):
         self.limits = runner.limits
+        self.make_request = Intake(runner.limits, tokenizer, vocab_size, eos_token_ids, clock).make_request
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.eos_token_ids = frozenset(eos_token_ids)
@@ -109,8 +101,7 @@ class Engine:
         self._runner = runner
         self._builder = BatchBuilder(runner.limits, vocab_size) if builder is None else builder
         self._grammars = GrammarStates(vocab_size)
-        self._compiler = GrammarCompiler(tokenizer, vocab_size, self.eos_token_ids) if tokenizer else None
-        self._ring: deque[tuple[Schedule, StepHandle]] = deque()  # with the time of dispatch
+        self._ring: deque[tuple[Schedule, StepHandle]] = deque()
         self._states: dict[str, OutputState] = {}
         self._seed = config.seed
         self._num_seeds = 0
@@ -138,97 +129,6 @@ class Engine:
             used_pages=pool.num_pages - pool.num_free,
             num_pages=pool.num_pages,
         )
-
-    def make_request(
-        self,
-        request_id: str,
-        prompt: str | AbstractSequence[int],
-        params: SamplingParams,
-        priority: int = 0,
-        *,
-        embed: bool = False,
-        user: str | None = None,
-        slo_class: str | None = None,
-        cache_salt: str | None = None,
-    ) -> Request:
-        """Tokenizes and checks; may be called from any thread. See Request for the arguments.
-
-        Raises:
-            InvalidRequest: this engine could never serve it.
-        """
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise InvalidRequest("the model has no tokenizer: give the prompt as token ids", "prompt")
-            token_ids = self.tokenizer.encode(prompt)
-        else:
-            token_ids = list(prompt)
-        token_ids = params.truncated(token_ids, self.limits.max_model_len)
-        self._check(token_ids, params)
-        for name, text in (("user", user), ("slo_class", slo_class), ("cache_salt", cache_salt)):
-            if text is not None and len(text) > MAX_NAME_CHARS:
-                raise InvalidRequest(f"{name} has {len(text)} characters; at most {MAX_NAME_CHARS} are allowed", name)
-        if slo_class is not None and slo_class not in self.limits.slo_classes:
-            known = ", ".join(self.limits.slo_classes)
-            raise InvalidRequest(f"slo_class must be one of {known}; got {slo_class!r}", "slo_class")
-        return Request(
-            request_id=request_id,
-            prompt_token_ids=tuple(token_ids),
-            sampling_params=params,
-            prompt=prompt if isinstance(prompt, str) else None,
-            arrival_time=self.clock(),
-            priority=priority,
-            bad_token_ids=self._bad_token_ids(params),
-            grammar=self._grammar(params),
-            embed=embed,
-            user=user,
-            slo_class=slo_class,
-            cache_salt=cache_salt,
-        )
-
-    def _bad_token_ids(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
-        if not params.bad_words:
-            return ()
-        if self.tokenizer is None:
-            raise InvalidRequest("the model has no tokenizer: bad_words cannot be turned into tokens", "bad_words")
-        found: dict[tuple[int, ...], None] = {}
-        for word in params.bad_words:
-            for text in (word.lstrip(), f" {word.lstrip()}"):
-                tokens = self.tokenizer.encode(text, add_special_tokens=False, parse_special=False)
-                if len(tokens) > MAX_BAN_TOKENS:
-                    raise InvalidRequest(
-                        f"bad_words: {text!r} is {len(tokens)} tokens long; at most {MAX_BAN_TOKENS} are allowed",
-                        "bad_words",
-                    )
-                found[tuple(tokens)] = None
-        return tuple(found)
-
-    def _grammar(self, params: SamplingParams) -> Grammar | None:
-        if params.structured_outputs is None:
-            return None
-        if self._compiler is None:
-            raise InvalidRequest("the model has no tokenizer: outputs cannot be structured", "structured_outputs")
-        return self._compiler.compile(params.structured_outputs)
-
-    def _check(self, token_ids: list[int], params: SamplingParams) -> None:
-        if not token_ids:
-            raise InvalidRequest("the prompt is empty", "prompt")
-        if len(token_ids) >= self.limits.max_model_len:
-            raise InvalidRequest(
-                f"the prompt has {len(token_ids)} tokens; prompt and output together may have "
-                f"{self.limits.max_model_len}",
-                "prompt",
-            )
-        for name, ids in (
-            ("prompt", token_ids),
-            ("stop_token_ids", params.stop_token_ids or ()),
-            ("logit_bias", params.logit_bias or ()),
-            ("allowed_token_ids", params.allowed_token_ids or ()),
-        ):
-            wrong = next((i for i in ids if type(i) is not int or not 0 <= i < self.vocab_size), None)
-            if wrong is not None:
-                raise InvalidRequest(f"{name}: token ids are integers in [0, {self.vocab_size}), got {wrong!r}", name)
-        if params.stop and self.tokenizer is None:
-            raise InvalidRequest("the model has no tokenizer: stop strings cannot be found", "stop")
 
     def submit(self, request: Request, *, bounded: bool = False) -> None:
         """Puts a request in line.
@@ -418,13 +318,13 @@ class Engine:
             return
         if state.request.embed:
             assert result.hidden is not None
-            state.embedding = _unit(result.hidden[delta.row])
+            state.embedding = unit_vector(result.hidden[delta.row])
         self._note_token(state.metrics, now)
         wanted = state.request.sampling_params.logprobs
         logprobs = None
         if wanted is not None:
             assert result.logprobs is not None
-            logprobs = _position_logprobs(delta.token_id, wanted, *(part[delta.row] for part in result.logprobs))
+            logprobs = position_logprobs(delta.token_id, wanted, *(part[delta.row] for part in result.logprobs))
         try:
             stop = state.append(sequence, delta.token_id, logprobs)
         except Exception:  # a tokenizer that cannot make text of its own tokens fails the one request that has them
@@ -452,7 +352,7 @@ class Engine:
                 # The logits at position p judge the prompt token at p + 1.
                 following = sequence.token_ids[start + 1 : min(start + count + 1, sequence.num_prompt_tokens)]
                 entries = [
-                    _position_logprobs(token, wanted, *(part[offset + i] for part in arrays))
+                    position_logprobs(token, wanted, *(part[offset + i] for part in arrays))
                     for i, token in enumerate(following)
                 ]
                 state.add_prompt_logprobs(start + 1, entries)
@@ -470,17 +370,3 @@ class Engine:
             self._grammars.drop(sequence)
             self.metrics.requests[str(sequence.finish_reason)] += 1
             histograms["output_tokens"].observe(sequence.num_output_tokens)
-
-
-def _unit(vector: np.ndarray) -> np.ndarray:
-    """The vector made length 1."""
-    return vector / max(float(np.linalg.norm(vector)), 1e-12)
-
-
-def _position_logprobs(
-    token: int, wanted: int, logprob: np.ndarray, rank: np.ndarray, top_ids: np.ndarray, top_logprobs: np.ndarray
-) -> PositionLogprobs:
-    entries = {token: Logprob(float(logprob), int(rank))}
-    for i in range(wanted):
-        entries.setdefault(int(top_ids[i]), Logprob(float(top_logprobs[i]), i + 1))
-    return entries

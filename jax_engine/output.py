@@ -184,3 +184,18 @@ def _overlap(text: str, stop: str) -> int:
         if text.endswith(stop[:length]):
             return length
     return 0
+
+
+def unit_vector(vector: np.ndarray) -> np.ndarray:
+    """The vector made length 1."""
+    return vector / max(float(np.linalg.norm(vector)), 1e-12)
+
+
+def position_logprobs(
+    token: int, wanted: int, logprob: np.ndarray, rank: np.ndarray, top_ids: np.ndarray, top_logprobs: np.ndarray
+) -> PositionLogprobs:
+    """The chosen token and the `wanted` likeliest ones at a position, from the arrays that a step gave."""
+    entries = {token: Logprob(float(logprob), int(rank))}
+    for i in range(wanted):
+        entries.setdefault(int(top_ids[i]), Logprob(float(top_logprobs[i]), i + 1))
+    return entries

@@ -83,16 +83,19 @@ def test_a_page_whose_last_token_ended_the_sequence_is_not_found(one_bucket, dep
         if ends and ends[-1] > 1:
             break
     stop = tokens[ends[-1]]
+
+    def fill_pool():
+        with jax.transfer_guard("allow"):
+            cache = one_bucket.runner._cache
+            one_bucket.runner._cache = dataclasses.replace(cache, pool=jnp.full_like(cache.pool, 3.0))
+
     engine = one_bucket.engine("async", depth)
-    cache = one_bucket.runner._cache
-    with jax.transfer_guard("allow"):
-        one_bucket.runner._cache = dataclasses.replace(cache, pool=jnp.full_like(cache.pool, 3.0))
+    fill_pool()
     first = ask(engine, prompt, dataclasses.replace(params, stop_token_ids=[stop]))
     assert first.token_ids[-1] == stop and (length + len(first.token_ids)) % size == 0
     turn = [*prompt, *first.token_ids, 9, 9]
     want = ask(one_bucket.engine("sync", enable_prefix_caching=False), turn, params)
-    with jax.transfer_guard("allow"):
-        one_bucket.runner._cache = dataclasses.replace(cache, pool=jnp.full_like(cache.pool, 3.0))
+    fill_pool()
     engine = one_bucket.engine("async", depth)
     ask(engine, prompt, dataclasses.replace(params, stop_token_ids=[stop]))
     assert ask(engine, turn, params) == want
