@@ -10,6 +10,7 @@ meets all of them alike. Figures are those of the run of median throughput.
 import dataclasses
 import sys
 import time
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,7 +65,7 @@ class Job:
         ]
 
     def run(self, llm: LLM, work: workload.Workload | None = None) -> dict[str, Any]:
-        """Runs the workload once, timed, and returns its figures.
+        """Runs the workload once, timed, and returns its figures. No run finds the prefixes that another has cached.
 
         Raises:
             RuntimeError: a request did not give the number of tokens asked for.
@@ -74,7 +75,7 @@ class Job:
         params = self.params(work)
         llm.metrics.reset()
         start = time.perf_counter()
-        outputs = llm.generate(prompts, params, use_tqdm=False)
+        outputs = llm.generate(prompts, params, use_tqdm=False, cache_salt=uuid.uuid4().hex)
         wall = time.perf_counter() - start
         for index, (output, (_, wanted)) in enumerate(zip(outputs, work.requests, strict=True)):
             got = len(output.outputs[0].token_ids)

@@ -39,9 +39,11 @@ class FakeLLM:
         self.metrics = self._engine.metrics
         self.limits, self.vocab_size = self._engine.limits, self._engine.vocab_size
 
-    def generate(self, prompts: list[list[int]], params: list[SamplingParams], use_tqdm: bool) -> list[RequestOutput]:
+    def generate(
+        self, prompts: list[list[int]], params: list[SamplingParams], use_tqdm: bool, cache_salt: str
+    ) -> list[RequestOutput]:
         for index, (prompt, own) in enumerate(zip(prompts, params, strict=True)):
-            self._engine.submit(self._engine.make_request(str(index), prompt, own))
+            self._engine.submit(self._engine.make_request(str(index), prompt, own, cache_salt=cache_salt))
         outputs = {}
         while self._engine.has_work:
             outputs |= {output.request_id: output for output in self._engine.step()}

@@ -108,9 +108,8 @@ def by_hand(layer: GatedDeltaNet, x: np.ndarray) -> np.ndarray:
             query = query / np.sqrt((query**2).sum() + 1e-6) / np.sqrt(key_dim)
             key = key / np.sqrt((key**2).sum() + 1e-6)
             for v in range(group):
-                number = head * group + v
-                time = np.log1p(np.exp(gates[t, group + v] + weights["time_bias"][number]))
-                state[v] *= np.exp(-np.exp(weights["log_decay"][number]) * time)
+                time = np.log1p(np.exp(gates[t, group + v] + weights["time_bias"][head, v]))
+                state[v] *= np.exp(-np.exp(weights["log_decay"][head, v]) * time)
                 write = 1 / (1 + np.exp(-gates[t, v]))
                 state[v] += np.outer(key, write * (values[v] - key @ state[v]))
                 found = query @ state[v]
