@@ -258,7 +258,7 @@ def resolve(config: EngineConfig, model: ModelConfig, *, platform: str, num_page
         raise ConfigError(f"the largest of token_buckets {token_buckets} is below the token budget {budget}")
     decode_buckets = config.decode_buckets
     if decode_buckets is None:
-        decode_buckets = () if config.deterministic else _doublings(1, max_num_seqs)
+        decode_buckets = () if config.deterministic else _decode_buckets(max_num_seqs, platform)
     if decode_buckets and decode_buckets[-1] < max_num_seqs:
         raise ConfigError(f"the largest of decode_buckets {decode_buckets} is below max_num_seqs {max_num_seqs}")
     depth = config.max_inflight_steps if config.scheduling == "async" else 1
@@ -280,11 +280,22 @@ def resolve(config: EngineConfig, model: ModelConfig, *, platform: str, num_page
     )
 
 
+def _decode_buckets(max_num_seqs: int, platform: str) -> tuple[int, ...]:
+    """The sizes compiled for steps of one token per sequence, where the operator names none."""
+    if platform != "cpu" or max_num_seqs == 1:
+        return _doublings(1, max_num_seqs)
+    # There a product with 2 or 4 rows takes what one with 8 takes, and each size takes seconds to compile.
+    return (1, *_doublings(min(8, max_num_seqs), max_num_seqs))
+
+
 def _token_buckets(config: EngineConfig, budget: int, platform: str) -> tuple[int, ...]:
     """The sizes compiled for steps with prompt tokens, where the operator names none."""
     if config.deterministic:
         return (budget,)
-    sizes = _doublings(min(64 if platform == "cpu" else 128, budget), budget)
+    if platform == "cpu":
+        # Each size takes seconds to compile there, and a prompt of 100 tokens is as quick in two steps of 64.
+        return tuple(sorted({min(size, budget) for size in (64, 256, budget)} | set(_doublings(512, budget)[:-1])))
+    sizes = _doublings(min(128, budget), budget)
     if platform != "gpu":
         return sizes
     # A step of 256 decodes and a prompt of 100 tokens is common, and 512 tokens take a quarter more time than 384.

@@ -254,8 +254,9 @@ class ModelRunner:
     def _compile(self) -> tuple[dict[Bucket, _Compiled], dict[int, _Compiled]]:
         """The step of each bucket; the sampling of deferred steps for each number of sequences."""
         started = time.monotonic()
-        # Lowering holds the interpreter, compiling does not. XLA:CPU uses all cores for one program as it is.
-        threads = 1 if self.platform == "cpu" else min(_COMPILE_THREADS, os.cpu_count() or 1)
+        # Lowering holds the interpreter, compiling does not. XLA:CPU uses most of the cores for one program as it is:
+        # there two at a time gain a tenth, and more nothing.
+        threads = min(2 if self.platform == "cpu" else _COMPILE_THREADS, os.cpu_count() or 1)
         with (
             ThreadPoolExecutor(threads) as pool,
             tqdm(total=len(buckets(self.limits)), desc="compiling buckets", unit="bucket", leave=False) as bar,
