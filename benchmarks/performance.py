@@ -1,11 +1,12 @@
-"""Writes the tables and the plot of docs/performance.md from the results of runs on an H100.
+"""Writes the tables and the plot of docs/performance.md from the files of runs on an H100 and on a CPU.
 
     python -m benchmarks.performance            # the tables; with --plot=docs/performance.png the plot as well
 
-The text around the tables is written by hand; what stands between the two marks is replaced.
+The text around the tables is written by hand; what stands between two marks is replaced.
 """
 
 import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from benchmarks import program, report
 
 RESULTS = report.ROOT / "benchmarks" / "results"
 PAGE = report.ROOT / "docs" / "performance.md"
-MARKS = "<!-- tables: begin -->", "<!-- tables: end -->"
 #: Output tokens per second of vLLM 0.26.0 with async scheduling, measured on an H100 80GB with the same workload files,
 #: and what the bytes and operations of the workload allow at the rates of copies and products measured there.
 PEERS = {
@@ -33,7 +33,7 @@ PEERS = {
 
 def load(name: str) -> dict[str, Any] | None:
     """A results file, None where there is none."""
-    path = RESULTS / f"h100_{name}.json"
+    path = RESULTS / f"{name}.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
 
@@ -41,7 +41,7 @@ def throughput() -> list[list[str]]:
     """A row for each workload that has been run."""
     rows = [["workload", "output tok/s", "vLLM", "ratio", "floor", "of floor", "gap p50, ms", "idle"]]
     for name, (peer, floor) in PEERS.items():
-        results = load(name)
+        results = load(f"h100_{name}")
         if results is None:
             continue
         run = results["runs"]["async"][0]
@@ -66,9 +66,27 @@ def modes() -> list[list[str]]:
 def kernels() -> list[list[str]]:
     """A row for each case of benchmarks.kernels."""
     rows = [["kernel", "us", "rate", "share of peak"]]
-    for row in (load("kernels") or {"rows": []})["rows"]:
+    for row in (load("h100_kernels") or {"rows": []})["rows"]:
         rate = f"{row['per_s'] / 1e9:,.0f} GB/s" if row["kernel"] == "decode" else f"{row['per_s'] / 1e12:,.0f} TFLOP/s"
         rows.append([f"{row['kernel']} {row['case']}", f"{row['us']:.1f}", rate, f"{row['share_of_peak']:.0%}"])
+    return rows
+
+
+def cpu() -> list[list[str]]:
+    """A row for each workload run on a CPU, beside transformers' static batch."""
+    rows = [["workload", "async tok/s", "sync tok/s", "static tok/s", "transformers tok/s", "async over transformers"]]
+    peers = (load("cpu_hf_static") or {"results": {}})["results"]
+    for name, peer in peers.items():
+        results = load(name)
+        if results is None:
+            continue
+        rates = {
+            mode: statistics.median(run["output_tok_per_s"] for run in runs) for mode, runs in results["runs"].items()
+        }
+        cells = [f"{rates[mode]:.0f}" for mode in ("async", "sync", "static")]
+        rows.append(
+            [name, *cells, f"{peer['output_tok_per_s']:.0f}", f"{rates['async'] / peer['output_tok_per_s']:.2f}"]
+        )
     return rows
 
 
@@ -76,6 +94,14 @@ def markdown(rows: list[list[str]]) -> str:
     """A table."""
     head, *body = (f"| {' | '.join(row)} |" for row in rows)
     return "\n".join([head, "|---" + "|---:" * (len(rows[0]) - 1) + "|", *body])
+
+
+def write(name: str, *tables: list[list[str]]) -> None:
+    """Puts tables that have rows between the page's marks of that name."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, rest = PAGE.read_text().split(begin)
+    text = "\n\n".join(markdown(rows) for rows in tables if len(rows) > 1)
+    PAGE.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")
 
 
 def plot(path: Path) -> None:
@@ -106,9 +132,8 @@ def main(argv: Sequence[str]) -> int:
     absl_flags.DEFINE_string("plot", None, "Image to write.", flag_values=flag_values, module_name="performance")
     if not program.parse(flag_values, "benchmarks.performance", __doc__, argv[1:]):
         return 0
-    tables = "\n\n".join(markdown(rows) for rows in (throughput(), modes(), kernels()) if len(rows) > 1)
-    before, rest = PAGE.read_text().split(MARKS[0])
-    PAGE.write_text(f"{before}{MARKS[0]}\n{tables}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
+    write("tables", throughput(), modes(), kernels())
+    write("cpu", cpu())
     if flag_values["plot"].value:
         plot(Path(flag_values["plot"].value))
     return 0
