@@ -91,7 +91,7 @@ async def run_server(
         EngineStopped: the engine died, or hung for longer than options.step_timeout_s.
     """
     stop = _stop_on_signals()
-    loading = _runner(loading_app(), options)
+    loading = make_runner(loading_app(), options)
     await loading.setup()
     connections = Connections(_max_connections(options), loading.server)  # type: ignore[arg-type]
     try:
@@ -104,8 +104,8 @@ async def run_server(
         log.info("listening on %s", address(listener, options))
         engine = await _loaded(build, stop)
         try:
-            app = _app(engine, options, keys, admin)
-            runner = _runner(app, options)
+            app = make_app(engine, options, keys, admin)
+            runner = make_runner(app, options)
             await runner.setup()
             connections.target = runner.server  # type: ignore[assignment]
             await loading.cleanup()
@@ -120,7 +120,10 @@ async def run_server(
             _write_trace(engine, options)
 
 
-def _app(engine: "AsyncEngine", options: ServerOptions, keys: Sequence[str], admin: Sequence[str]) -> web.Application:
+def make_app(
+    engine: "AsyncEngine", options: ServerOptions, keys: Sequence[str], admin: Sequence[str]
+) -> web.Application:
+    """The application that the operator asked for. See create_app."""
     return create_app(
         engine,
         served_model_names=options.served_model_name,
@@ -147,7 +150,8 @@ def _write_trace(engine: "AsyncEngine", options: ServerOptions) -> None:
             log.error("trace_file cannot be written: %s", error)
 
 
-def _runner(app: web.Application, options: ServerOptions) -> web.AppRunner:
+def make_runner(app: web.Application, options: ServerOptions) -> web.AppRunner:
+    """What serves an application within the operator's limits."""
     return web.AppRunner(
         app,
         handler_cancellation=True,
