@@ -15,7 +15,7 @@ stamp = $(VENV)/.installed-$(if $(and $(1),$(EXTRAS)),$(1)$(comma)$(EXTRAS),$(or
 export PYTHON
 
 .DELETE_ON_ERROR:
-.PHONY: help serve test test-long test-clients tpu-check check format bench soak bench-host bench-scheduling bench-static bench-models wheel clean
+.PHONY: help serve test test-long test-clients test-cluster test-browser tpu-check check format bench soak bench-host bench-scheduling bench-static bench-models wheel clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
@@ -39,6 +39,12 @@ test-long: $(call stamp,test) ## the tests that take minutes
 
 test-clients: $(call stamp,clients) ## real clients of other makers against the server
 	$(PY) -m pytest -m long tests/test_clients.py $(ARGS)
+
+test-cluster: $(call stamp,cluster) ## several servers: Ray Serve, and vllm-router in front
+	$(PY) -m pytest -m long tests/test_ray_app.py tests/test_router.py $(ARGS)
+
+test-browser: $(call stamp,browser) ## the page in headless Chromium, which must be on the machine
+	$(PY) -m pytest -m long tests/test_page_browser.py $(ARGS)
 
 tpu-check: $(call stamp,test$(comma)tpu) ## compile the kernels and steps for TPUs that are not here
 	$(PY) -m pytest -m "long or not long" tests/test_tpu_compile.py $(ARGS)

@@ -42,8 +42,8 @@ def prefix_digests(body: Mapping[str, Any]) -> tuple[bytes, ...]:
 
 
 class PrefixAffinity:
-    """Remembers which engine was sent which beginnings. A new one goes to the engine with the fewest requests, and among
-    equals to the one with the fewest remembered blocks.
+    """Remembers which engine was sent which beginnings. A new one goes to the engine with the fewest requests; among
+    equals, to the one with the fewest remembered blocks.
 
     The engine that was sent the longest equal beginning is chosen, unless it is busier than the least busy one by more
     than `slack` requests and `ratio` times: a popular beginning must not crowd one engine while others idle.

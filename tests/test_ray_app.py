@@ -29,12 +29,12 @@ from tests import faulty_server  # noqa: E402
 
 pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 ROOT = Path(__file__).resolve().parents[1]
-LONG = {"max_tokens": 150, "temperature": 0, "ignore_eos": True}
+LONG = {"max_tokens": 80, "temperature": 0, "ignore_eos": True}
 
 
 def slow_engine():
-    """The real engine over a fake device whose steps take 20 ms."""
-    faulty_server.FaultyRunner.step_s = 0.02
+    """The real engine over a fake device whose steps take 50 ms, so that a busy machine can follow."""
+    faulty_server.FaultyRunner.step_s = 0.05
     return faulty_server.build(EngineConfig(model="faulty", max_num_seqs=8))
 
 
@@ -116,21 +116,21 @@ async def test_a_client_that_leaves_ends_its_request(url):
     async with aiohttp.ClientSession(url) as session:
         responses = []
         for _ in range(6):
-            body = {"prompt": "x", "stream": True, **LONG, "max_tokens": 450}
+            body = {"prompt": "x", "stream": True, **LONG, "max_tokens": 400}
             responses.append(await session.post("/v1/completions", json=body))
             await responses[-1].content.readline()
         assert await asyncio.to_thread(unfinished) > 0
         for response in responses:
             response.close()
-        # Left to themselves they would take 9 s.
-        await asyncio.to_thread(until, lambda: unfinished() == 0, 5)
+        # Left to themselves they would take 20 s.
+        await asyncio.to_thread(until, lambda: unfinished() == 0, 10)
 
 
 async def test_one_engine_is_killed_under_load_and_nothing_accepted_is_lost(url):
     """Whole answers all come, and are right; so do streams that had not begun. A stream that had begun and was not the
     other engine's ends with an error that says so."""
-    prompts = [f"question {number}" for number in range(40)]
-    async with aiohttp.ClientSession(url, timeout=aiohttp.ClientTimeout(120)) as session:
+    prompts = [f"question {number}" for number in range(14)]
+    async with aiohttp.ClientSession(url, timeout=aiohttp.ClientTimeout(180)) as session:
         right = dict(zip(prompts, await asyncio.gather(*(ask(session, p, False) for p in prompts)), strict=True))
         assert len(set(right.values())) > 1 and all(error is None for _, error in right.values())
         seen = Counter()
@@ -139,7 +139,6 @@ async def test_one_engine_is_killed_under_load_and_nothing_accepted_is_lost(url)
         while len(seen) < 5:
             await asyncio.sleep(0.01)
         victim, other = engine_processes()
-        begun = set(seen)
         victim.send_signal(signal.SIGKILL)
         answers = await asyncio.gather(*whole)
         streamed = dict(zip(prompts, await asyncio.gather(*streams), strict=True))
@@ -149,7 +148,7 @@ async def test_one_engine_is_killed_under_load_and_nothing_accepted_is_lost(url)
     for prompt, (text, error) in streamed.items():
         assert right[prompt][0].startswith(text) if error else (text, None) == right[prompt]
     assert lost, "no stream was running on the killed engine: the test saw nothing"
-    assert len(lost) <= 8 and len(begun - lost) >= 0
+    assert len(lost) <= 8, "more than the killed engine had slots for"
     until(lambda: len(engine_processes()) == 2 and other in engine_processes())
     async with aiohttp.ClientSession(url) as session:
         assert await ask(session, prompts[0], True) == right[prompts[0]]

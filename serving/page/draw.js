@@ -37,7 +37,7 @@ export function timeline(canvas, view, seconds) {
     const w = x(end) - x0;
     if (w <= 0) return 0;
     context.fillStyle = colour(name);
-    context.fillRect(x0, y, Math.max(w, 0.6), h);
+    context.fillRect(x0, y, Math.max(w, 1.2), h); // a turn of some microseconds must still be seen
     return w;
   };
   axis(context, left, width, height, seconds);
@@ -147,13 +147,15 @@ export function histogram(canvas, data) {
   const top = Math.max(...counts);
   const step = width / counts.length;
   const bound = (index) => (index < data.bounds.length ? duration(data.bounds[index]) : "more");
+  const widest = Math.max(...counts.map((_, index) => context.measureText(bound(low + index)).width));
+  const every = Math.ceil((widest + 6) / step); // labels must not run into each other
   counts.forEach((count, index) => {
     const h = (count / top) * (height - 36);
     context.fillStyle = colour("accent");
     context.fillRect(index * step + 1, height - 16 - h, step - 2, h);
     context.fillStyle = colour("soft");
     context.textAlign = "center";
-    if (step > 48 || index % 2 === 0) context.fillText(bound(low + index), (index + 0.5) * step, height - 7);
+    if (index % every === 0) context.fillText(bound(low + index), (index + 0.5) * step, height - 7);
   });
   const quantile = (share) => {
     let seen = 0;

@@ -4,14 +4,14 @@ import { bars, histogram, lines, pool, timeline } from "/page/draw.js";
 
 const POLL_MS = 400;
 const KEPT = 150; // samples of running and waiting
-const PHASES = { schedule: "schedule", build: "build batch", dispatch: "dispatch", grammar: "grammar", wait: "wait for the device", commit: "commit", no_work: "no work" };
+const PHASES = { schedule: "schedule", build: "build batch", dispatch: "dispatch", grammar: "grammar", wait: "wait for device", commit: "commit", no_work: "no work" };
 const samples = [];
 const recent = []; // the last steps, also those that have left the timeline's window
 let last = null;
 let paused = false;
 
 function legend() {
-  const entries = [...Object.entries(PHASES), ["decode", "step, decode"], ["prompt", "step, with prompt"]];
+  const entries = [...Object.entries(PHASES), ["decode", "decode step"], ["prompt", "prompt step"]];
   $("legend").replaceChildren(...entries.map(([name, text]) => {
     const item = document.createElement("li");
     const mark = document.createElement("i");
@@ -34,10 +34,10 @@ function tiles(view) {
     "running": gauges.running, "waiting": gauges.waiting,
     "output tokens/s": rate("generated_tokens").toFixed(1), "steps/s": rate("steps").toFixed(1),
     "padding": batched ? `${(100 * rate("padding_tokens") / batched).toFixed(0)} %` : "–",
-    "device idle, with work": `${(100 * idle / seconds).toFixed(1)} %`,
+    "idle, with work": `${(100 * idle / seconds).toFixed(1)} %`,
     "KV pages": `${gauges.used_pages} / ${gauges.num_pages}`,
     "in flight": `${gauges.inflight_steps} / ${gauges.max_inflight_steps}`,
-    "preemptions": figures.preemptions, "compiled after ready": figures.compiles_after_ready,
+    "preemptions": figures.preemptions, "late compiles": figures.compiles_after_ready,
   };
   $("tiles").replaceChildren(...Object.entries(values).map(([name, value]) => {
     const tile = document.createElement("div");
