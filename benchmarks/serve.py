@@ -136,7 +136,7 @@ async def measure(options: Options) -> dict[str, Any]:
     )
     async with session:
         model = options.model or await _first_model(session)
-        bodies = _bodies(options, work, model)
+        bodies = request_bodies(options, work, model)
         await _request(session, bodies[0] | {"max_tokens": 2, "min_tokens": 2}, Sample(time.perf_counter()))
         runs = []
         for load in options.loads:
@@ -155,7 +155,8 @@ async def _first_model(session: aiohttp.ClientSession) -> str:
         raise ConfigError(f"the server does not name its models: {error!r}; is it up, and is the key right?") from None
 
 
-def _bodies(options: Options, work: workload.Workload, model: str) -> list[dict[str, Any]]:
+def request_bodies(options: Options, work: workload.Workload, model: str) -> list[dict[str, Any]]:
+    """The requests, in the workload's order."""
     random = np.random.default_rng(options.seed)
     return [
         {

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from benchmarks import serve
+from benchmarks import serve, two_clients, workload
 from jax_engine import ConfigError
 from jax_engine.testing.fake_engine import FakeAsyncEngine
 from serving import cli
@@ -44,6 +44,24 @@ async def test_every_request_is_sent_and_its_tokens_counted(work, load):
 async def test_closed_load_keeps_to_its_number_of_clients(work):
     engine = FakeAsyncEngine(delay_s=0.005)
     await measure(engine, work, concurrency=(2,))
+    assert engine.max_live == 2
+
+
+async def test_another_client_measures_the_same(work):
+    """The openai package in threads: the same tokens, and times that agree as far as a pause of 20 ms rules them."""
+    engine = FakeAsyncEngine(delay_s=0.02)
+    async with serving(engine) as (session, _):
+        options = serve.Options(url=str(session._base_url).rstrip("/"), workload=work, vocab_size=250, concurrency=(2,))
+        (ours,) = (await serve.measure(options))["runs"]
+        bodies = serve.request_bodies(options, workload.load(work), "fake-model")
+        theirs = await asyncio.to_thread(two_clients._by_openai, bodies, 2, options)
+    runs = [
+        {"client": name, "load": 2} | two_clients._medians(run)
+        for name, run in (("bench serve", ours), ("openai", theirs))
+    ]
+    rows = {row["figure"]: row for row in two_clients._compared(runs)}
+    assert theirs["requests"] == 3 and theirs["output_tok_per_s"] == pytest.approx(12 / theirs["wall_s"])
+    assert 18 <= rows["itl_ms"]["openai"] <= 40 and rows["itl_ms"]["ratio"] == pytest.approx(1, abs=0.5)
     assert engine.max_live == 2
 
 
