@@ -168,7 +168,7 @@ def request_bodies(options: Options, work: workload.Workload, model: str) -> lis
             "temperature": options.temperature,
             "stream": True,
             "stream_options": {"include_usage": True, "continuous_usage_stats": True},
-            "return_token_ids": True,  # a token without text of its own, as half a character has none, makes an event too
+            "return_token_ids": True,  # so that a token without text of its own makes an event too
         }
         for prompt, output in work.requests
     ]

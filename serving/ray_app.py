@@ -31,7 +31,7 @@ from ray.serve.config import (  # pyright: ignore[reportMissingImports]
     AutoscalingPolicy,
     RequestRouterConfig,
 )
-from ray.serve.exceptions import RayServeException  # pyright: ignore[reportMissingImports]
+from ray.serve.exceptions import BackPressureError, RayServeException  # pyright: ignore[reportMissingImports]
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica  # pyright: ignore
 from starlette.requests import Request  # pyright: ignore[reportMissingImports]
 from starlette.responses import Response, StreamingResponse  # pyright: ignore[reportMissingImports]
@@ -52,6 +52,10 @@ log = logging.getLogger("serving")
 
 _TRIES = 4
 _FIRST_PAUSE_S = 0.1
+#: An engine takes a minute to start: waiting longer for a queue to go away by itself would not help it.
+_UPSCALE_DELAY_S = 10.0
+#: Requests that the front may have in hand beside those it has places for: to refuse them.
+_REFUSALS = 64
 #: Of ServerOptions: what Ray Serve's own configuration says.
 _RAYS = ("host", "port", "tls_cert_file", "tls_key_file", "max_connections", "max_header_kib", "idle_timeout_s")
 #: Addresses that tell of one engine, and would tell of any here.
@@ -77,6 +81,7 @@ class RayOptions:
     requests_per_replica: float = _option(64.0, "Unfinished requests per engine that autoscaling aims at.")
     kv_use: float = _option(0.8, "Share of KV pages in use that autoscaling aims at.")
     max_ongoing_requests: int = _option(512, "Most unfinished requests of one engine; more wait in front.")
+    max_waiting_requests: int = _option(1024, "Most that wait in front; more are answered 429.")
     num_cpus: float = _option(1.0, "CPUs of one engine, as Ray counts them.")
     num_gpus: float = _option(0.0, "GPUs of one engine, as Ray counts them.")
 
@@ -85,10 +90,15 @@ class RayOptions:
             raise ConfigError(
                 f"1 <= min_replicas <= max_replicas is needed, got {self.min_replicas} and {self.max_replicas}"
             )
-        if self.requests_per_replica <= 0 or self.max_ongoing_requests < 1 or not 0 < self.kv_use <= 1:
+        if self.requests_per_replica <= 0 or not 0 < self.kv_use <= 1:
             raise ConfigError(
-                "requests_per_replica must be above 0, max_ongoing_requests at least 1, kv_use in (0, 1]; "
-                f"got {self.requests_per_replica}, {self.max_ongoing_requests} and {self.kv_use}"
+                "requests_per_replica must be above 0 and kv_use in (0, 1], "
+                f"got {self.requests_per_replica} and {self.kv_use}"
+            )
+        if self.max_ongoing_requests < 1 or self.max_waiting_requests < 0:
+            raise ConfigError(
+                "max_ongoing_requests must be at least 1 and max_waiting_requests at least 0, "
+                f"got {self.max_ongoing_requests} and {self.max_waiting_requests}"
             )
 
 
@@ -120,9 +130,11 @@ def deployment(build: Callable[[], "AsyncEngine"], options: ServerOptions, scali
     engines = serve.deployment(
         Engines,
         max_ongoing_requests=scaling.max_ongoing_requests,
+        max_queued_requests=scaling.max_waiting_requests,
         autoscaling_config=AutoscalingConfig(
             min_replicas=scaling.min_replicas,
             max_replicas=scaling.max_replicas,
+            upscale_delay_s=_UPSCALE_DELAY_S,
             policy=AutoscalingPolicy(
                 policy_function=f"{__name__}:QueueAndPages",
                 policy_kwargs={"requests_per_replica": scaling.requests_per_replica, "kv_use": scaling.kv_use},
@@ -134,7 +146,8 @@ def deployment(build: Callable[[], "AsyncEngine"], options: ServerOptions, scali
         health_check_timeout_s=30.0,
         graceful_shutdown_timeout_s=options.drain_timeout_s,
     )
-    front = serve.deployment(Front, max_ongoing_requests=options.max_connections, ray_actor_options={"num_cpus": 0.1})
+    most = scaling.max_replicas * scaling.max_ongoing_requests + scaling.max_waiting_requests
+    front = serve.deployment(Front, max_ongoing_requests=most + _REFUSALS, ray_actor_options={"num_cpus": 0.1})
     return front.bind(engines.bind(build, options), options.max_body_mib * 2**20)
 
 
@@ -313,7 +326,7 @@ class Front:
         """A Head, then the events of a stream.
 
         Raises:
-            ApiError: 503, no engine answered.
+            ApiError: 503, no engine answered; 429, too many requests wait.
         """
         opened = begun = False
         for attempt in range(_TRIES):
@@ -335,6 +348,10 @@ class Front:
                     begun = begun or not _only_comments(events)
                     yield events
                 return
+            except BackPressureError:
+                raise ApiError(
+                    429, "All engines are busy.", type="rate_limit_error", code="queue_full", retry_after=2.0
+                ) from None
             except (RayError, RayServeException) as error:
                 log.warning("an engine was lost, its answer %s: %s", "had begun" if begun else "not begun", error)
                 if begun:

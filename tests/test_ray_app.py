@@ -46,7 +46,7 @@ def url():
     environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "JAX_PLATFORMS": "cpu"}
     ray.init(num_cpus=4, include_dashboard=False, runtime_env={"env_vars": environment}, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    scaling = ray_app.RayOptions(min_replicas=2, max_replicas=2, num_cpus=0.5)
+    scaling = ray_app.RayOptions(max_replicas=2, requests_per_replica=4, num_cpus=0.5)
     serve.run(ray_app.deployment(slow_engine, ServerOptions(), scaling), name="engines")
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
@@ -110,6 +110,23 @@ def unfinished():
     handle = serve.get_deployment_handle("Engines", "engines")
     figures = [handle.record_autoscaling_stats.remote().result(timeout_s=20) for _ in range(8)]
     return max(figure["unfinished"] for figure in figures)
+
+
+async def test_a_second_engine_is_started_for_a_queue(url):
+    """From here on there are two: fewer again only after ten minutes."""
+
+    async def load(session):
+        while len(engine_processes()) < 2:
+            await asyncio.gather(*(ask(session, f"wake up {number}", False) for number in range(16)))
+
+    def running():
+        states = serve.status().applications["engines"].deployments["Engines"].replica_states
+        return states.get("RUNNING", 0)
+
+    assert running() == 1
+    async with aiohttp.ClientSession(url) as session, asyncio.timeout(120):
+        await load(session)
+    await asyncio.to_thread(until, lambda: running() == 2, 120)
 
 
 async def test_a_client_that_leaves_ends_its_request(url):
