@@ -55,7 +55,7 @@ class EngineConfig:
     )
     max_num_seqs: int | None = _option(None, "Most sequences in one step. Default: 32 on CPU, else 256.")
     max_num_batched_tokens: int | None = _option(None, "Token budget of one step. Default: 512 on CPU, else 8192.")
-    page_size: int | None = _option(None, "Tokens in one KV page; a power of two. Default: 64 on a GPU, else 16.")
+    page_size: int | None = _option(None, "Tokens in one KV page; a power of two. Default: 16 on a CPU, else 64.")
     num_pages: int | None = _option(None, "KV pages in the pool. Default: as many as fit into free memory.")
     window_cache: str = _option(
         "pages", "Layers with sliding windows keep all in pages, or by slot only what the window holds (slots)."
@@ -263,7 +263,7 @@ def resolve(config: EngineConfig, model: ModelConfig, *, platform: str, num_page
         raise ConfigError(f"the largest of decode_buckets {decode_buckets} is below max_num_seqs {max_num_seqs}")
     depth = config.max_inflight_steps if config.scheduling == "async" else 1
     max_model_len = config.max_model_len or min(model.max_position_embeddings, DEFAULT_MAX_MODEL_LEN)
-    page_size = config.page_size or (64 if platform == "gpu" else 16)
+    page_size = config.page_size or (16 if on_cpu else 64)
     by_slot = config.window_cache == "slots"
     return Limits(
         max_model_len=max_model_len,

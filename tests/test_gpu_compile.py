@@ -9,36 +9,19 @@ import importlib.util
 import math
 
 import pytest
-from jax.experimental import topologies
 
 from jax_engine.batch import Bucket
 from jax_engine.config import EngineConfig, resolve
 from jax_engine.models import read_config
 from jax_engine.models.shapes import NAMED_SHAPES
 from jax_engine.program import ModelProgram
+from jax_engine.targets import open_target
 
 pytestmark = pytest.mark.skipif(
     not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)),
     reason="needs the CUDA compilers: pip install 'jax-engine[gpu]'",
 )
 
-#: XLA's GpuTargetConfig of an H100 SXM, by NVIDIA's data sheet and CUDA's device limits for compute capability 9.0.
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
-  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 device_memory_size: 84929347584
-  cuda_compute_capability { major: 9 }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  driver_version: "12.9.0"
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 28 }
-runtime_version { major: 12 minor: 9 patch: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
 LAYERS, PAGES = 2, 4096
 
 
@@ -56,7 +39,7 @@ LAYERS, PAGES = 2, 4096
 def test_a_step_compiles_in_place_and_without_spills(bucket, tmp_path, monkeypatch):
     monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
-    device = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1").devices[0]
+    device = open_target("h100").devices[0]
     model = dataclasses.replace(read_config(NAMED_SHAPES["llama-3.1-8b"]), num_hidden_layers=LAYERS)
     limits = resolve(EngineConfig(), model, platform="gpu", num_pages=PAGES)
     program = ModelProgram(model, "bfloat16", [device])

@@ -1,29 +1,34 @@
 """The TPU kernels and steps through the real TPU compiler, for chips that are not here: needs libtpu (extra `tpu`).
 
-What is proven: Mosaic takes the kernels, VMEM and HBM suffice, the pool is updated in place. No speed, no values; those
-are in tests/test_ragged_paged_attention_tpu.py. `make tpu-check` runs all of it, `make test` only what is quick.
+What is proven: Mosaic takes the kernels, VMEM and HBM suffice, the pool is updated in place, the kernels issue no more
+than they did, several chips exchange what they must and no more. No speed, no values; those are in
+tests/test_ragged_paged_attention_tpu.py. `.ci/tpu` runs what takes minutes, `make tpu-check` all of it.
 """
 
 import dataclasses
 import importlib.util
-import math
+import json
 import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from benchmarks.tpu_kernels import LAYERS, compile_op
 from jax_engine import compile_target
-from jax_engine.batch import Bucket
-from jax_engine.config import EngineConfig, resolve
+from jax_engine.buckets import Bucket, buckets
+from jax_engine.config import EngineConfig, Limits, resolve
 from jax_engine.errors import ConfigError
 from jax_engine.model_config import ModelConfig
 from jax_engine.models import read_config
 from jax_engine.models.shapes import NAMED_SHAPES
 from jax_engine.program import ModelProgram
-from pallas_kernels.ragged_paged_attention import Device, Ragged, plan, pool_shape, ragged_paged_attention, write_kv
-from pallas_kernels.ragged_paged_attention.cases import SHAPES, Shape
+from jax_engine.targets import open_target
+from pallas_kernels.ragged_paged_attention.cases import SHAPES
+from serving import cli
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: pip install 'jax-engine[tpu]'"
@@ -31,8 +36,10 @@ pytestmark = pytest.mark.skipif(
 
 #: One chip of each generation, the oldest that is tested first.
 CHIPS = ("v5e:1x1", "v6e:1x1", "v5p:1x1x1", "tpu7x:1x1x1")
-#: The page table is that of the default limits: 256 rows of 8,192 tokens, half of the scalar memory.
-LAYERS, PAGES, PAGE_SIZE, WIDTH = 3, 4096, 16, 512
+ROOT = Path(__file__).parent.parent
+RECORD = ROOT / "benchmarks" / "results" / "tpu_kernels.json"
+LLAMA_8B, LLAMA_70B = (read_config(NAMED_SHAPES[f"llama-3.1-{size}"]) for size in ("8b", "70b"))
+long = pytest.mark.long
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,43 +50,10 @@ def compiler_environment():
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 
-def compile_op(chip: str, shape: Shape, tokens: int, rows: int, decode_only: bool, dtype=jnp.bfloat16, **options):
-    """Compiles write and attention of LAYERS layers; returns the compiler's memory analysis and the pool's bytes."""
-    device = compile_target.open_target(chip).devices[0]
-    mesh = Mesh([device], ("one",))
-    place = NamedSharding(mesh, PartitionSpec())
-
-    def array(dims, kind=jnp.int32):
-        return jax.ShapeDtypeStruct(dims, kind, sharding=place)
-
-    def step(pool, q, k, v, ragged, sinks):
-        shared = plan(
-            ragged,
-            num_tokens=tokens,
-            num_pages=PAGES,
-            page_size=PAGE_SIZE,
-            decode_only=decode_only,
-            device=Device("tpu", device.device_kind),
-        )
-        for layer in range(LAYERS):
-            pool = write_kv(pool, k, v, shared, jnp.int32(layer))
-            q = ragged_paged_attention(q, pool, shared, jnp.int32(layer), scale=0.1, sinks=sinks, **options)
-        return pool, q
-
-    sinks = array((shape.num_heads,), jnp.float32) if options.pop("sinks", False) else None
-    dims = pool_shape(LAYERS, PAGES, PAGE_SIZE, shape.num_kv_heads, shape.head_dim, implementation="tpu")
-    ragged = Ragged(array((rows, WIDTH)), array((rows,)), array((rows + 1,)), array(()))
-    kv = array((tokens, shape.num_kv_heads, shape.head_dim), dtype)
-    q = array((tokens, shape.num_heads, shape.head_dim), dtype)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        lowered = jax.jit(step, donate_argnums=0).lower(array(dims, dtype), q, kv, kv, ragged, sinks)
-    return lowered.compile().memory_analysis(), math.prod(dims) * jnp.dtype(dtype).itemsize
-
-
 def check_op(*args, **options):
-    memory, pool = compile_op(*args, **options)
-    assert memory.alias_size_in_bytes == pool
-    assert memory.temp_size_in_bytes < pool / LAYERS
+    compiled = compile_op(*args, **options)
+    assert compiled.alias_bytes == compiled.pool_bytes
+    assert compiled.temp_bytes < compiled.pool_bytes / LAYERS
 
 
 @pytest.mark.parametrize("chip", CHIPS)
@@ -87,61 +61,145 @@ def test_decode_compiles_in_place(chip):
     check_op(chip, SHAPES["llama-8b"], 256, 256, True)
 
 
-@pytest.mark.parametrize(
-    "chip", [chip if chip == "v6e:1x1" else pytest.param(chip, marks=pytest.mark.long) for chip in CHIPS]
-)
+@pytest.mark.parametrize("chip", CHIPS)
 def test_a_mixed_step_compiles_in_place(chip):
     check_op(chip, SHAPES["llama-8b"], 256, 32, False)
 
 
-@pytest.mark.long
+@long
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("shape", ["smollm2-135m", "qwen3-0.6b", "mha", "mqa"])
 def test_other_shapes_compile_in_place(chip, shape):
     check_op(chip, SHAPES[shape], 128, 32, False)
 
 
-@pytest.mark.long
+@long
 @pytest.mark.parametrize("chip", CHIPS)
 def test_every_option_compiles(chip):
     check_op(chip, SHAPES["llama-8b"], 128, 32, False, sliding_window=1024, logits_soft_cap=30.0, sinks=True)
 
 
-@pytest.mark.long
+@long
 def test_float32_compiles():
     check_op("v6e:1x1", SHAPES["llama-8b"], 128, 32, False, dtype=jnp.float32)
 
 
-def engine_limits(model: ModelConfig, num_pages: int, **options):
-    config = EngineConfig(load_format="dummy", num_pages=num_pages, max_model_len=4096, **options)
-    return resolve(config, model, platform="tpu", num_pages=num_pages)
+@pytest.mark.parametrize("chip", [chip if chip == "v6e:1x1" else pytest.param(chip, marks=long) for chip in CHIPS])
+def test_kernels_issue_no_more_than_they_did(chip, tmp_path):
+    """A fiftieth more bundles, or any spill more, than the record: make it better, or record it again and say why."""
+    record = json.loads(RECORD.read_text())
+    if version("libtpu") != record["compiler"]["libtpu"]:
+        pytest.skip(f"recorded with libtpu {record['compiler']['libtpu']}, here is {version('libtpu')}")
+    out = tmp_path / "now.json"
+    command = [sys.executable, "-m", "benchmarks.tpu_kernels", f"--chips={chip}", f"--out={out}"]
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=True, timeout=600)
+    recorded = {(entry["chip"], entry["step"], entry["kernel"]): entry for entry in record["kernels"]}
+    for entry in json.loads(out.read_text())["kernels"]:
+        before = recorded[entry["chip"], entry["step"], entry["kernel"]]
+        assert entry["bundles"] <= 1.02 * before["bundles"], entry
+        assert entry.get("issued_per_block", 0) <= 1.02 * before.get("issued_per_block", 0), entry
+        assert entry["fills"] <= before["fills"] and entry["spills"] <= before["spills"], entry
 
 
-def two_layers(model: ModelConfig) -> ModelConfig:
-    return dataclasses.replace(model, num_hidden_layers=2, layers=model.layers[:2])
+def cut(model: ModelConfig, layers: int, vocab_size: int | None = None) -> ModelConfig:
+    """The model with its first layers only: the compiler makes the others of the same programs."""
+    changes = {"num_hidden_layers": layers, "layers": model.layers[:layers]}
+    return dataclasses.replace(model, **changes, vocab_size=vocab_size or model.vocab_size)
 
 
-LLAMA_8B = read_config(NAMED_SHAPES["llama-3.1-8b"])
+def made(target: str, model: ModelConfig, num_devices: int = 1, **options) -> tuple[ModelProgram, Limits]:
+    """The model on the first devices of a target, with a pool of some pages."""
+    config = EngineConfig(load_format="dummy", max_model_len=4096, max_num_seqs=64, **options)
+    limits = resolve(config, model, platform="tpu", num_pages=8192)
+    return ModelProgram(model, "auto", open_target(target).devices[:num_devices]), limits
 
 
-@pytest.mark.long
+def check_step(program: ModelProgram, bucket: Bucket, limits: Limits) -> compile_target.StepReport:
+    """The pool is updated in place, and what a step needs beside its arguments is less than one layer of it."""
+    report = compile_target.compile_step(program, bucket, limits)
+    pool = limits.num_pages * program.page_bytes(limits.page_size)
+    assert pool <= report.alias_bytes < pool * 1.001
+    assert report.temp_bytes < pool / program.model_config.num_hidden_layers
+    assert report.vmem_bytes > 0
+    return report
+
+
+def test_a_decode_step_of_an_8b_model_compiles_in_place():
+    program, limits = made("v6e:1x1", cut(LLAMA_8B, 2), decode_buckets=(64,), token_buckets=(128,))
+    report = check_step(program, Bucket(64, 64, True), limits)
+    assert not report.collectives
+
+
+@long
 @pytest.mark.parametrize("chip", ["v6e:1x1", "tpu7x:1x1x1"])
-def test_whole_steps_of_an_8b_model_compile_in_place(chip):
-    """With two of the 32 layers: the others are the same again."""
-    program = ModelProgram(two_layers(LLAMA_8B), "auto", compile_target.open_target(chip).devices[:1])
-    limits = engine_limits(program.model_config, 65536, max_num_seqs=64)
-    for bucket in (Bucket(64, 64, True), Bucket(512, 64, False)):
-        report = compile_target.compile_step(program, bucket, limits)
-        pool = limits.num_pages * program.page_bytes(PAGE_SIZE)
-        assert pool <= report.alias_bytes < pool * 1.001
-        assert report.temp_bytes < pool / 2
+def test_every_step_of_an_8b_model_compiles_in_place(chip):
+    program, limits = made(chip, cut(LLAMA_8B, 2))
+    for bucket in buckets(limits):
+        check_step(program, bucket, limits)
+
+
+#: A layer's two products that lead back to the residual stream, and the rows of the embedding; the logits' columns,
+#: those of sampled rows and those of prompts.
+def exchanges(layers: int) -> dict[str, int]:
+    return {"all-gather": 2, "all-reduce": 2 * layers + 1}
+
+
+@pytest.mark.parametrize(
+    ("target", "model"),
+    [
+        pytest.param("v6e:2x2", LLAMA_8B, id="8b-v6e"),
+        pytest.param("v5e:2x4", LLAMA_8B, id="8b-v5e", marks=long),
+        pytest.param("v6e:2x2", LLAMA_70B, id="70b-v6e", marks=long),
+        pytest.param("v5e:2x4", LLAMA_70B, id="70b-v5e"),
+    ],
+)
+@pytest.mark.parametrize("decode_only", [True, pytest.param(False, marks=long)], ids=["decode", "mixed"])
+def test_several_chips_exchange_what_they_must(target, model, decode_only):
+    """With a small vocabulary: the sampler is the same on every device, and takes most of a minute to compile."""
+    model = cut(model, 2, vocab_size=4096)
+    num_devices = len(open_target(target).devices)
+    bucket = Bucket(64, 64, True) if decode_only else Bucket(256, 64, False)
+    program, limits = made(target, model, num_devices, decode_buckets=(64,), token_buckets=(64, 256))
+    assert check_step(program, bucket, limits).collectives == exchanges(layers=2)
+    pool = program.cache_shapes(limits).pool
+    assert pool.sharding.shard_shape(pool.shape)[1] == model.num_key_value_heads // num_devices
+    for name, want in program.wanted.items():
+        if want.shape and len(want.shape) > 1:
+            assert want.sharding.shard_shape(want.shape) != want.shape, f"{name} is whole on every device"
+
+
+def test_the_command_compiles_every_step(capsys):
+    golden = ROOT / "tests" / "golden" / "tiny" / "llama"
+    flags = ["--decode_buckets=4", "--token_buckets=32", "--max_num_seqs=4", "--num_pages=64", "--max_model_len=256"]
+    assert cli.main(["compile", f"--model={golden}", "--target=v6e:1x1", "--json", *flags]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [step["bucket"]["num_tokens"] for step in report["steps"]] == [4, 32, 0]
+    for step in report["steps"][:2]:
+        assert step["alias_bytes"] >= report["fit"]["pool_bytes"] and step["vmem_bytes"] > 0
+    assert report["fit"]["largest_pages"] > 64
+    assert cli.main(["compile", f"--model={golden}", "--target=v6e:1x1", *flags]) == 0
+    table = capsys.readouterr().out
+    assert "largest pool that fits" in table and "4 decode" in table and "sampling 4" in table
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_compiled(capsys):
+    arguments = ["compile", "--model=llama-3.1-8b", "--load_format=dummy", "--target=v5e:1x1", "--max_model_len=4096"]
+    assert cli.main(arguments) == 1
+    assert "weights take 14.96 GiB" in capsys.readouterr().err
+
+
+def test_a_step_that_does_not_fit_is_refused_with_the_compilers_reason():
+    program, limits = made("v6e:1x1", cut(LLAMA_8B, 1, vocab_size=4096), decode_buckets=(8, 64), token_buckets=(64,))
+    too_large = dataclasses.replace(limits, num_pages=1 << 20)
+    with pytest.raises(compile_target.DoesNotFit, match=r"8 decode: the compiler refuses it: .*exceeds available HBM"):
+        compile_target.compile_step(program, Bucket(8, 8, True), too_large)
 
 
 def test_a_wrong_name_is_refused():
-    with pytest.raises(ConfigError, match=r"'v9:1x1' cannot be compiled for.*v6e:1x1"):
-        compile_target.open_target("v9:1x1")
+    with pytest.raises(ConfigError, match=r"'v9:1x1' cannot be compiled for.*v6e:1x1.*h100"):
+        open_target("v9:1x1")
 
 
 def test_the_compiler_states_what_memory_there_is():
-    assert 15 < compile_target.open_target("v5e:1x1").hbm_bytes / 2**30 < 16
-    assert 31 < compile_target.open_target("v6e:1x1").hbm_bytes / 2**30 < 32
+    assert 15 < open_target("v5e:1x1").hbm_bytes / 2**30 < 16
+    assert 31 < open_target("v6e:1x1").hbm_bytes / 2**30 < 32

@@ -51,3 +51,10 @@ NAMED_SHAPES: dict[str, dict[str, Any]] = {
         "eos_token_id": 151645,
     },
 }
+
+NAMED_SHAPES["llama-3.1-70b"] = NAMED_SHAPES["llama-3.1-8b"] | {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+}
