@@ -4,21 +4,23 @@
 
 The real engine, scheduler, event loop, routes and event streams; no model. The clients are a process of their own that
 counts the tokens in the bytes it reads. `offered` is what the paced device makes; where `received` falls behind it, the
-front is the limit. `--step_ms=0`: as fast as everything together goes.
+front is the limit. `--step_ms=0`: as fast as everything together goes. `--api_processes=0,1,2`: cases with so many
+processes for the HTTP side (0: none but the engine's).
 """
 
 import asyncio
+import contextlib
+import itertools
 import json
 import multiprocessing
-import resource
-import socket
+import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import uvloop
 from absl import flags
-from aiohttp import web
 
 from benchmarks import program, report
 from benchmarks.scheduler_host import make_limits
@@ -26,9 +28,11 @@ from jax_engine.async_engine import AsyncEngine
 from jax_engine.batch import Batch, StepResult
 from jax_engine.config import EngineConfig
 from jax_engine.engine import Engine
-from jax_engine.testing.byte_tokenizer import ByteTokenizer
+from jax_engine.testing.byte_tokenizer import EOS, byte_text_tokenizer
 from jax_engine.testing.fake_runner import FakeRunner
-from serving.app import create_app
+from serving import front, server
+from serving.options import ServerOptions
+from serving.remote import supervisor
 
 #: The fake device's only token, the byte 1, as JSON writes it.
 _TOKEN_TEXT = rb"\u0001"
@@ -45,6 +49,7 @@ def flag_set() -> flags.FlagValues:
     flags.DEFINE_list("streams", ["16", "64", "256"], "Numbers of concurrent streams.", **here)
     flags.DEFINE_float("step_ms", 3.0, "Time of a step on the fake device; 0: none.", lower_bound=0, **here)
     flags.DEFINE_float("seconds", 8.0, "Measured time of each case.", lower_bound=0.5, **here)
+    flags.DEFINE_list("api_processes", ["0"], "Numbers of processes for the HTTP side.", **here)
     flags.DEFINE_list("endpoint", ["completions", "chat"], "Which endpoints.", **here)
     flags.DEFINE_string("out", None, "Results file to write (JSON).", **here)
     return flag_values
@@ -54,7 +59,7 @@ class PacedRunner(FakeRunner):
     """A fake runner whose steps take time, one after the other, as on a device."""
 
     def __init__(self, limits, step_s: float):
-        super().__init__(limits, ByteTokenizer.vocab_size, check=False)
+        super().__init__(limits, EOS + 1, check=False)
         self._step_s, self._free_at = step_s, 0.0
 
     def dispatch(self, batch: Batch):
@@ -78,53 +83,100 @@ class _PacedHandle:
         return self._handle.result()
 
 
-async def measure(num_streams: int, endpoint: str, step_s: float, seconds: float) -> dict[str, Any]:
-    """One case: tokens per second that reach the clients."""
-    limits = make_limits(num_streams, 2048, 2)
+def make_engine(num_streams: int, step_s: float) -> AsyncEngine:
+    """The real engine over the paced device."""
+    config = EngineConfig(model="fake")
     engine = Engine(
-        PacedRunner(limits, step_s),
-        ByteTokenizer(),
-        vocab_size=ByteTokenizer.vocab_size,
+        PacedRunner(make_limits(num_streams, 2048, 2), step_s),
+        byte_text_tokenizer(),
+        vocab_size=EOS + 1,
         eos_token_ids=[],
-        config=EngineConfig(model="fake"),
+        config=config,
     )
-    served = AsyncEngine(EngineConfig(model="fake"), engine)
-    runner = web.AppRunner(create_app(served), handler_cancellation=True, access_log=None)
-    await runner.setup()
-    listener = socket.create_server(("127.0.0.1", 0))
-    await web.SockSite(runner, listener, backlog=1024).start()
-    parent, child = multiprocessing.get_context("spawn").Pipe()
-    arguments = (child, listener.getsockname()[1], num_streams, endpoint, seconds)
-    clients = multiprocessing.get_context("spawn").Process(target=_clients, args=arguments)
-    clients.start()
+    return AsyncEngine(config, engine)
+
+
+@contextlib.asynccontextmanager
+async def serving(engine: AsyncEngine, processes: int):
+    """The server around an engine, once it serves: its port."""
+    options = ServerOptions(port=0, api_processes=processes, log_interval_s=0.0, drain_timeout_s=0.1)
+    listeners = front.bind_all(options, max(1, processes))
+    port = listeners[0].getsockname()[1]
+    if processes:
+        life = supervisor.run_processes(lambda: engine, options, listeners, (), (), "warning", "text")
+    else:
+        life = server.run_server(lambda: engine, options, listeners[0])
+    running = asyncio.create_task(life)
     try:
-        await asyncio.to_thread(parent.recv)  # the clients are warm
-        started, cpu, made = time.monotonic(), _cpu_s(), engine.metrics.tokens["decode"]
-        received = await asyncio.to_thread(parent.recv)
-        wall = time.monotonic() - started
-        made = engine.metrics.tokens["decode"] - made
-        cpu = _cpu_s() - cpu
+        while not await _answers(port):
+            await asyncio.wait([running], timeout=0.2)
+            if running.done():
+                running.result()
+        await asyncio.sleep(0.5 * processes)  # until every process listens
+        yield port
     finally:
-        clients.terminate()
-        clients.join()
-        await runner.cleanup()
-        served.shutdown()
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        for listener in listeners:
+            listener.close()
+
+
+async def _answers(port: int) -> bool:
+    with contextlib.suppress(OSError):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        answer = await reader.read()
+        writer.close()
+        return answer.startswith(b"HTTP/1.1 200")
+    return False
+
+
+async def measure(processes: int, num_streams: int, endpoint: str, step_s: float, seconds: float) -> dict[str, Any]:
+    """One case: tokens per second that reach the clients."""
+    engine = make_engine(num_streams, step_s)
+    async with serving(engine, processes) as port:
+        parent, child = multiprocessing.get_context("spawn").Pipe()
+        arguments = (child, port, num_streams, endpoint, seconds)
+        clients = multiprocessing.get_context("spawn").Process(target=_clients, args=arguments)
+        clients.start()
+        try:
+            await asyncio.to_thread(parent.recv)  # the clients are warm
+            pids = [os.getpid(), *_api_processes()]
+            started, cpu, made = time.monotonic(), [_cpu_s(pid) for pid in pids], engine.metrics.tokens["decode"]
+            received = await asyncio.to_thread(parent.recv)
+            wall = time.monotonic() - started
+            made = engine.metrics.tokens["decode"] - made
+            shares = [(_cpu_s(pid) - before) / wall for pid, before in zip(pids, cpu, strict=True)]
+        finally:
+            clients.terminate()
+            clients.join()
+    rate = received["tokens"] / received["seconds"]
     return {
+        "api_processes": processes,
         "streams": num_streams,
         "endpoint": endpoint,
         "step_ms": step_s * 1e3,
         "offered_tokens_per_s": made / wall,
-        "received_tokens_per_s": received["tokens"] / received["seconds"],
+        "received_tokens_per_s": rate,
         "reads_per_s": received["reads"] / received["seconds"],
-        "server_cpu_share": cpu / wall,
-        "received_tokens_per_server_cpu_s": received["tokens"] / received["seconds"] / (cpu / wall),
+        "server_cpu_share": sum(shares),
+        "engine_process_cpu_share": shares[0],
+        "received_tokens_per_server_cpu_s": rate / sum(shares),
+        "received_tokens_per_engine_process_cpu_s": rate / shares[0],
         "client_cpu_share": received["cpu_s"] / received["seconds"],
     }
 
 
-def _cpu_s() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
+def _api_processes() -> list[int]:
+    """The process ids of the server's processes beside this one."""
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    return [int(pid) for pid in children if b"serving.remote.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def _cpu_s(pid: int) -> float:
+    """Seconds of processor time that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _clients(pipe, port: int, num_streams: int, endpoint: str, seconds: float) -> None:
@@ -155,9 +207,9 @@ async def _run_clients(pipe, port: int, num_streams: int, endpoint: str, seconds
     await asyncio.sleep(1.0)
     pipe.send("warm")
     counts.update(tokens=0, reads=0)
-    started, cpu = time.monotonic(), _cpu_s()
+    started, cpu = time.monotonic(), _cpu_s(os.getpid())
     await asyncio.sleep(seconds)
-    pipe.send(counts | {"seconds": time.monotonic() - started, "cpu_s": _cpu_s() - cpu})
+    pipe.send(counts | {"seconds": time.monotonic() - started, "cpu_s": _cpu_s(os.getpid()) - cpu})
     for task in tasks:
         if task.done():
             task.result()  # a client that has failed
@@ -173,12 +225,14 @@ def main(argv: Sequence[str]) -> int:
     options = flag_values.flag_values_dict()
     rows = []
     for endpoint in options["endpoint"]:
-        for streams in map(int, options["streams"]):
-            rows.append(uvloop.run(measure(streams, endpoint, options["step_ms"] / 1e3, options["seconds"])))
+        for streams, processes in itertools.product(map(int, options["streams"]), map(int, options["api_processes"])):
+            case = measure(processes, streams, endpoint, options["step_ms"] / 1e3, options["seconds"])
+            rows.append(uvloop.run(case))
             row = rows[-1]
             print(
-                f"{endpoint:12} {streams:5} streams: offered {row['offered_tokens_per_s']:8.0f} tok/s, "
-                f"received {row['received_tokens_per_s']:8.0f}, server {row['server_cpu_share']:.2f} cores, "
+                f"{endpoint:12} {streams:5} streams, {processes} API processes: "
+                f"offered {row['offered_tokens_per_s']:8.0f} tok/s, received {row['received_tokens_per_s']:8.0f}, server {row['server_cpu_share']:.2f} cores, "
+                f"engine's process {row['engine_process_cpu_share']:.2f}, "
                 f"clients {row['client_cpu_share']:.2f}, {row['received_tokens_per_server_cpu_s']:.0f} tok per CPU s",
                 flush=True,
             )

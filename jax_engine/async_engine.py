@@ -17,10 +17,12 @@ import jax
 
 from jax_engine.config import EngineConfig, Limits
 from jax_engine.engine import Engine
-from jax_engine.errors import EngineError, EngineStopped, InvalidRequest, QueueFull, SlowReader
+from jax_engine.engine_view import EngineView, look
+from jax_engine.errors import EngineError, EngineStopped, InvalidRequest, QueueFull
 from jax_engine.metrics import Gauges, Metrics
+from jax_engine.output_stream import OutputSink, OutputStream
 from jax_engine.request import Request, RequestOutput
-from jax_engine.sampling_params import RequestOutputKind, SamplingParams
+from jax_engine.sampling_params import SamplingParams, embedding_params
 from jax_engine.start import start_engine
 from jax_engine.timeline import Timeline
 from jax_engine.tokenizer import Tokenizer
@@ -29,42 +31,6 @@ _log = logging.getLogger(__name__)
 
 #: Prompts longer than this are tokenized off the event loop, as grammars are compiled.
 _LONG_PROMPT_CHARS = 4096
-
-
-class _Stream:
-    """Where one request's outputs go. `put` and `get` are for the thread of the caller's loop."""
-
-    def __init__(self, request_id: str, kind: RequestOutputKind):
-        self.request_id = request_id
-        self.loop = asyncio.get_running_loop()
-        self.num_unread = 0  # outputs since the last `get`, joined ones counted one by one
-        self.overflowed = False
-        self._is_delta = kind is RequestOutputKind.DELTA
-        self._outputs: list[RequestOutput | EngineError] = []  # at most one, and an error after it
-        self._waiter: asyncio.Future[None] | None = None
-
-    def put(self, output: RequestOutput | EngineError) -> None:
-        """Adds an output. One that has not been taken yet is joined with it: a reader who is slower than the engine
-        gets several tokens at a time."""
-        self.num_unread += 1
-        last = self._outputs[-1] if self._outputs else None
-        if isinstance(last, RequestOutput) and isinstance(output, RequestOutput):
-            if self._is_delta:
-                last.take_in(output)
-            else:
-                self._outputs[-1] = output
-        else:
-            self._outputs.append(output)
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def get(self) -> RequestOutput | EngineError:
-        """Waits for an output."""
-        while not self._outputs:
-            self._waiter = self.loop.create_future()
-            await self._waiter
-        self.num_unread = 0
-        return self._outputs.pop(0)
 
 
 class AsyncEngine:
@@ -82,8 +48,8 @@ class AsyncEngine:
         self.config = config
         self._engine = start_engine(config) if engine is None else engine
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._streams: dict[str, _Stream] = {}
-        self._open: set[_Stream] = set()  # all that are read, also those whose request has not reached the thread
+        self._streams: dict[str, OutputSink] = {}
+        self._open: set[OutputSink] = set()  # all that are read, also those whose request has not reached the thread
         self._draining = False
         self._stopped = False
         self._turn_started: float | None = None
@@ -104,6 +70,11 @@ class AsyncEngine:
     def sampling_defaults(self) -> Mapping[str, Any]:
         """Fields of SamplingParams that the model would have where a caller says nothing."""
         return self._engine.sampling_defaults
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens that end an output."""
+        return self._engine.eos_token_ids
 
     @property
     def model_name(self) -> str:
@@ -157,13 +128,12 @@ class AsyncEngine:
         *,
         priority: int = 0,
         embed: bool = False,
-        user: str | None = None,
-        slo_class: str | None = None,
-        cache_salt: str | None = None,
+        **who: str | None,
     ) -> AsyncIterator[RequestOutput]:
         """Yields outputs as `sampling_params.output_kind` says, the last with `finished` set.
 
-        See Request for the other arguments.
+        Args:
+            who: user, slo_class and cache_salt; these, and the other arguments, are those of Request.
 
         Closing the iterator, or cancelling the task that reads it, aborts the request.
 
@@ -172,26 +142,12 @@ class AsyncEngine:
             EngineStopped: at any time, if the engine dies.
             SlowReader: after the outputs that were in time.
         """
-        if self._draining or not self.is_alive:
-            raise EngineStopped("the engine takes no more requests")
-        if len(self._open) >= self.config.max_queued_requests + self.limits.max_num_seqs:
-            # The engine's thread counts exactly; this spares it, and the tokenizer, what cannot fit.
-            problem = f"{len(self._open)} requests run or wait; try again later"
-            raise QueueFull(problem, self._engine.queue.retry_after())
-        make = functools.partial(self._engine.make_request, user=user, slo_class=slo_class, cache_salt=cache_salt)
-        request_id = request_id or uuid.uuid4().hex
+        stream = OutputStream(
+            request_id or uuid.uuid4().hex, sampling_params.output_kind, self.config.max_unread_outputs, self.close
+        )
         done = False
-        stream = _Stream(request_id, sampling_params.output_kind)
-        self._open.add(stream)
         try:
-            long = isinstance(prompt, str) and len(prompt) > _LONG_PROMPT_CHARS
-            if long or sampling_params.structured_outputs is not None:
-                request = await asyncio.to_thread(make, request_id, prompt, sampling_params, priority, embed=embed)
-            else:
-                request = make(request_id, prompt, sampling_params, priority, embed=embed)
-            if self._stopped:
-                raise EngineStopped("the engine has stopped")
-            self._inbox.put(lambda: self._add(request, stream))
+            await self.submit(stream, prompt, sampling_params, priority, embed=embed, **who)
             while not done:
                 output = await stream.get()
                 done = isinstance(output, EngineError) or output.finished
@@ -199,9 +155,52 @@ class AsyncEngine:
                     raise output
                 yield output
         finally:
-            self._open.discard(stream)
-            if not done:
-                self._inbox.put(lambda: self._abort(request_id, stream))
+            self.close(stream, aborts=not done)
+
+    async def submit(
+        self,
+        sink: OutputSink,
+        prompt: str | AbstractSequence[int],
+        sampling_params: SamplingParams,
+        priority: int = 0,
+        *,
+        embed: bool = False,
+        **who: str | None,
+    ) -> None:
+        """Puts a request in line whose outputs a sink is given. See `generate`; whoever calls this calls `close` too,
+        also when it raises.
+
+        Raises:
+            InvalidRequest, QueueFull, EngineStopped: it is not in line. The queue's refusal may come to the sink.
+        """
+        if self._draining or not self.is_alive:
+            raise EngineStopped("the engine takes no more requests")
+        if len(self._open) >= self.config.max_queued_requests + self.limits.max_num_seqs:
+            # The engine's thread counts exactly; this spares it, and the tokenizer, what cannot fit.
+            problem = f"{len(self._open)} requests run or wait; try again later"
+            raise QueueFull(problem, self._engine.queue.retry_after())
+        self._open.add(sink)
+        make = functools.partial(self._engine.make_request, sink.request_id, prompt, sampling_params, priority)
+        long = isinstance(prompt, str) and len(prompt) > _LONG_PROMPT_CHARS
+        in_thread = long or sampling_params.structured_outputs is not None
+        request = await asyncio.to_thread(make, embed=embed, **who) if in_thread else make(embed=embed, **who)
+        if self._stopped:
+            raise EngineStopped("the engine has stopped")
+        self._inbox.put(lambda: self._add(request, sink))
+
+    def close(self, sink: OutputSink, *, aborts: bool = True) -> None:
+        """Nobody waits for a sink's outputs any more; aborts: its request has not ended."""
+        self._open.discard(sink)
+        if aborts:
+            self._inbox.put(lambda: self._abort(sink.request_id, sink))
+
+    async def stop(self, request_id: str, index: int, stop_string: str) -> None:
+        """Ends a completion in whose text the reader has found a stop string."""
+        self._inbox.put(lambda: self._stop(request_id, index, stop_string))
+
+    async def view(self, seconds: float = 0.0) -> EngineView:
+        """What the engine shows of itself, with what happened in the last `seconds`."""
+        return await asyncio.to_thread(look, self, seconds) if seconds else look(self, 0.0)
 
     async def embed(self, prompt: str | AbstractSequence[int], *, truncate: bool = False) -> RequestOutput:
         """The output that holds a prompt's `embedding`. truncate: keep the end of a prompt that is too long.
@@ -209,44 +208,41 @@ class AsyncEngine:
         Raises:
             InvalidRequest, QueueFull, EngineStopped: as for generate.
         """
-        params = SamplingParams(
-            temperature=0,
-            max_tokens=1,
-            detokenize=False,
-            truncate_prompt_tokens=-1 if truncate else None,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        stream = self.generate(prompt, params, embed=True)
+        stream = self.generate(prompt, embedding_params(truncate), embed=True)
         try:
             return await anext(stream)
         finally:
             await stream.aclose()  # type: ignore[attr-defined]
 
     async def abort(self, request_id: str) -> None:
-        """Ends a request; its iterator gives a last output with finish_reason `abort`."""
+        """Ends a request; its reader gets a last output with finish_reason `abort`."""
         self._inbox.put(lambda: self._abort(request_id, None))
 
-    def start_profile(self, folder: str) -> None:
+    async def start_profile(self, folder: str) -> None:
         """Lets jax record host and device into a folder, for TensorBoard or Perfetto; slows steps down.
 
         Raises:
             InvalidRequest: it is recording already.
         """
         try:
-            jax.profiler.start_trace(folder)
+            await asyncio.to_thread(jax.profiler.start_trace, folder)
         except RuntimeError as error:
             raise InvalidRequest(f"no profile can be started: {error}") from None
 
-    def stop_profile(self) -> None:
+    async def stop_profile(self) -> None:
         """Writes what was recorded; takes seconds.
 
         Raises:
             InvalidRequest: nothing is being recorded.
         """
         try:
-            jax.profiler.stop_trace()
+            await asyncio.to_thread(jax.profiler.stop_trace)
         except RuntimeError as error:
             raise InvalidRequest(f"no profile can be stopped: {error}") from None
+
+    async def reset_prefix_cache(self) -> None:
+        """Forgets what the KV pages hold, so that no later request uses them again; running requests keep theirs."""
+        self._inbox.put(self._engine.reset_prefix_cache)
 
     async def drain(self, timeout_s: float) -> None:
         """Takes no more requests, and waits for those that run, but at most `timeout_s` seconds."""
@@ -311,7 +307,7 @@ class AsyncEngine:
         except queue.Empty:
             return True
 
-    def _add(self, request: Request, stream: _Stream) -> None:
+    def _add(self, request: Request, stream: OutputSink) -> None:
         try:
             self._engine.submit(request, bounded=True)
         except EngineError as error:
@@ -319,7 +315,7 @@ class AsyncEngine:
         else:
             self._streams[request.request_id] = stream
 
-    def _abort(self, request_id: str, reader_gone: _Stream | None) -> None:
+    def _abort(self, request_id: str, reader_gone: OutputSink | None) -> None:
         """Aborts a request; `reader_gone` is set when nobody reads its stream any more."""
         stream = self._streams.get(request_id)
         if stream is None or (reader_gone is not None and reader_gone is not stream):
@@ -328,6 +324,13 @@ class AsyncEngine:
         if output is not None and reader_gone is None:
             self._deliver([(request_id, output)])
         del self._streams[request_id]
+
+    def _stop(self, request_id: str, index: int, stop_string: str) -> None:
+        output = self._engine.stop(request_id, index, stop_string)
+        if output is not None:
+            self._deliver([(request_id, output)])
+            if output.finished:
+                self._streams.pop(request_id, None)
 
     def _deliver(self, outputs: list[tuple[str, RequestOutput | EngineError]]) -> None:
         """Hands outputs to their streams, with one wake-up of each event loop."""
@@ -340,20 +343,14 @@ class AsyncEngine:
             self._send(loop, entries)
 
     def _send(
-        self, loop: asyncio.AbstractEventLoop, entries: list[tuple[_Stream, RequestOutput | EngineError]]
+        self, loop: asyncio.AbstractEventLoop, entries: list[tuple[OutputSink, RequestOutput | EngineError]]
     ) -> None:
         try:
             loop.call_soon_threadsafe(self._put, entries)
         except RuntimeError:
             _log.debug("a caller's event loop is closed; its outputs are dropped")
 
-    def _put(self, entries: list[tuple[_Stream, RequestOutput | EngineError]]) -> None:
-        """In the readers' event loop: hands over outputs; a reader that has left too many unread gets no more."""
-        limit = self.config.max_unread_outputs
-        for stream, output in entries:
-            if stream.num_unread < limit:
-                stream.put(output)
-            elif not stream.overflowed:
-                stream.overflowed = True
-                stream.put(SlowReader(f"{limit} outputs were left unread; the request was aborted"))
-                self._inbox.put(lambda stream=stream: self._abort(stream.request_id, stream))
+    def _put(self, entries: list[tuple[OutputSink, RequestOutput | EngineError]]) -> None:
+        """In the readers' event loop: hands over outputs."""
+        for sink, output in entries:
+            sink.put(output)

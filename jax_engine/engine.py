@@ -181,6 +181,19 @@ class Engine:
         self._finish(state)
         return state.output()
 
+    def stop(self, request_id: str, index: int, stop_string: str) -> RequestOutput | None:
+        """Ends a completion in whose text its reader has found a stop string; returns what there is to tell."""
+        state = self._states.get(request_id)
+        if state is None:
+            return None
+        self._end(state.sequences[index], FinishReason.STOP, stop_string)
+        return next(iter(self._outputs([state])), None)
+
+    def reset_prefix_cache(self) -> None:
+        """Lets no later sequence use what the KV pages hold now."""
+        self.scheduler.pool.clear_index()
+        self.step_log.cache_reset()
+
     def _end_all(self, state: OutputState, reason: FinishReason) -> None:
         for sequence in state.sequences:
             self._end(sequence, reason)

@@ -1,4 +1,4 @@
-"""From tokens to what the caller sees: text, stop strings, log-probabilities, RequestOutputs.
+"""From tokens to what the caller sees: text, log-probabilities, RequestOutputs.
 
 One OutputState per request, fed by the engine with each accepted token. It decides nothing about scheduling: when it
 finds a stop string it says so, and the engine ends the sequence.
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jax_engine.completion_text import CompletionText
 from jax_engine.request import (
     CompletionOutput,
     FinishReason,
@@ -19,7 +20,7 @@ from jax_engine.request import (
 )
 from jax_engine.sampling_params import RequestOutputKind
 from jax_engine.sequence import Sequence, Status
-from jax_engine.tokenizer import TextStream, Tokenizer
+from jax_engine.tokenizer import Tokenizer
 
 
 @dataclass(slots=True)
@@ -27,14 +28,11 @@ class _Completion:
     """What has been made of one sequence so far, and how much of it the caller has been given."""
 
     sequence: Sequence
-    stream: TextStream | None
-    text: str = ""
+    text: CompletionText
     logprobs: list[PositionLogprobs] | None = None
     cumulative_logprob: float | None = None
-    sent_chars: int = 0
     sent_tokens: int = 0
     sent_end: bool = False
-    num_held_chars: int = 0  # at the end of the text, perhaps the beginning of a stop string
 
 
 class OutputState:
@@ -61,7 +59,7 @@ class OutputState:
         self._completions = [
             _Completion(
                 sequence,
-                tokenizer.stream(params.skip_special_tokens) if tokenizer and params.detokenize else None,
+                CompletionText(tokenizer, params),
                 logprobs=None if params.logprobs is None else [],
                 cumulative_logprob=None if params.logprobs is None else 0.0,
             )
@@ -88,34 +86,10 @@ class OutputState:
             assert completion.logprobs is not None and completion.cumulative_logprob is not None
             completion.logprobs.append(self._decoded(logprobs))
             completion.cumulative_logprob += logprobs[token].logprob
-        if completion.stream is None:
-            return None
-        ended_by_token = sequence.finish_reason is FinishReason.STOP
-        if ended_by_token and not self._params.include_stop_str_in_output:
-            completion.text += completion.stream.flush()
-            return None
-        new = completion.stream.push(token)
-        if sequence.finish_reason is not None:
-            new += completion.stream.flush()
-        completion.text += new
-        return self._find_stop(completion, len(new)) if self._params.stop else None
-
-    def _find_stop(self, completion: _Completion, num_new_chars: int) -> str | None:
-        """Looks for a stop string that ends in the new characters; cuts the text there."""
-        if completion.sequence.num_output_tokens < self._params.min_tokens:
-            return None
-        text, best = completion.text, None
-        for stop in self._params.stop or ():
-            at = text.find(stop, max(0, len(text) - num_new_chars - len(stop) + 1))
-            if at >= 0 and (best is None or at < best[0]):
-                best = (at, stop)
-        if best is not None:
-            at, stop = best
-            completion.text = text[: at + len(stop)] if self._params.include_stop_str_in_output else text[:at]
-            completion.num_held_chars = 0
-            return stop
-        completion.num_held_chars = max(_overlap(text, stop) for stop in self._params.stop or ())
-        return None
+        reason = sequence.finish_reason
+        return completion.text.push(
+            token, sequence.num_output_tokens, last=reason is not None, stops=reason is FinishReason.STOP
+        )
 
     def add_prompt_logprobs(self, first: int, logprobs: list[PositionLogprobs]) -> None:
         """Takes in those of the prompt tokens from position `first` on; what is known already is passed over."""
@@ -124,7 +98,7 @@ class OutputState:
         self.prompt_logprobs.extend(self._decoded(entry) for entry in logprobs[max(0, known - first) :])
 
     def _decoded(self, logprobs: PositionLogprobs) -> PositionLogprobs:
-        if self._tokenizer is None:
+        if self._tokenizer is None or not self._params.detokenize:
             return logprobs
         decode = self._tokenizer.token_text
         return {token: Logprob(entry.logprob, entry.rank, decode(token)) for token, entry in logprobs.items()}
@@ -161,29 +135,19 @@ class OutputState:
     def _completion_output(self, completion: _Completion, delta: bool) -> CompletionOutput:
         sequence = completion.sequence
         ended = sequence.finish_reason is not None
-        end = len(completion.text) - (0 if ended else completion.num_held_chars)
-        chars, tokens = (completion.sent_chars, completion.sent_tokens) if delta else (0, 0)
+        tokens = completion.sent_tokens if delta else 0
         logprobs = completion.logprobs
-        completion.sent_chars = end
         completion.sent_tokens = len(sequence.token_ids) - sequence.num_prompt_tokens
         completion.sent_end = ended
         return CompletionOutput(
             index=sequence.index,
-            text=completion.text[chars:end],
+            text=completion.text.take(ended=ended, new_only=delta),
             token_ids=sequence.token_ids[sequence.num_prompt_tokens + tokens :],
             cumulative_logprob=completion.cumulative_logprob,
             logprobs=None if logprobs is None else logprobs[tokens:],
             finish_reason=sequence.finish_reason,
             stop_reason=sequence.stop_reason,
         )
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`."""
-    for length in range(min(len(stop) - 1, len(text)), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0
 
 
 def unit_vector(vector: np.ndarray) -> np.ndarray:

@@ -152,6 +152,13 @@ class PagePool:
                 del self._index[contents.digest]
                 self._contents[page] = None
 
+    def clear_index(self) -> None:
+        """Takes every page out of the index; who holds one keeps it."""
+        self._free.extend(self._unused)
+        self._unused.clear()
+        self._index.clear()
+        self._contents = [None] * self.num_pages
+
     def _evict(self) -> int:
         """Takes the least recently used page out of the index."""
         page, _ = self._unused.popitem(last=False)

@@ -12,7 +12,7 @@ from jax_engine.errors import EngineError
 from jax_engine.schedule import Schedule
 from jax_engine.scheduler import Scheduler
 from jax_engine.sequence import Sequence
-from jax_engine.step_log import Added, Done, Ended, LogError, LogReader, Step, decision
+from jax_engine.step_log import Added, CacheReset, Done, Ended, LogError, LogReader, Step, decision
 
 
 class Difference(msgspec.Struct, frozen=True):
@@ -59,6 +59,8 @@ class Replay:
                     self._done(event)
                 case Ended():
                     self.scheduler.finish(self._sequence(event.sequence), event.reason, event.stop_reason)
+                case CacheReset():
+                    self.scheduler.pool.clear_index()
             if self.difference is not None:
                 break
         return self.difference

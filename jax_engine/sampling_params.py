@@ -202,3 +202,14 @@ class SamplingParams:
     def penalized(self) -> bool:
         """Whether any of the three penalties is on."""
         return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+
+
+def embedding_params(truncate: bool) -> SamplingParams:
+    """Of a request that only wants an embedding. truncate: keep the end of a prompt that is too long."""
+    return SamplingParams(
+        temperature=0,
+        max_tokens=1,
+        detokenize=False,
+        truncate_prompt_tokens=-1 if truncate else None,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )

@@ -124,7 +124,11 @@ class Done(msgspec.Struct, tag="done"):
     seconds: float | None = None
 
 
-Event = Header | Added | Ended | Step | Done
+class CacheReset(msgspec.Struct, tag="cache_reset"):
+    """The prefix cache was emptied."""
+
+
+Event = Header | Added | Ended | CacheReset | Step | Done
 
 
 class StepRecord(msgspec.Struct, frozen=True):
@@ -195,6 +199,11 @@ class StepLog:
         """Notes that the engine ends a sequence."""
         if self._file is not None:
             self._turn.append(Ended(sequence.order, reason, stop_reason))
+
+    def cache_reset(self) -> None:
+        """Notes that the prefix cache was emptied."""
+        if self._file is not None:
+            self._turn.append(CacheReset())
 
     def scheduled(self, schedule: Schedule, bucket: Bucket | None, scheduler: Scheduler, compiles: int) -> None:
         """Notes a decision, after its dispatch if it had rows.

@@ -142,6 +142,27 @@ def load_tokenizer(checkpoint: "Checkpoint") -> "TextTokenizer | None":
     )
 
 
+@dataclass(frozen=True)
+class PackedTokenizer:
+    """A TextTokenizer as plain values, to be sent to another process; the fields are its arguments."""
+
+    json: str
+    eos_token_ids: list[int]
+    bos_token_id: int | None
+    chat_template: str | None
+    special_tokens: dict[str, str]
+
+    def unpack(self) -> "TextTokenizer":
+        """The tokenizer."""
+        return TextTokenizer(
+            tokenizers.Tokenizer.from_str(self.json),
+            eos_token_ids=self.eos_token_ids,
+            bos_token_id=self.bos_token_id,
+            chat_template=self.chat_template,
+            special_tokens=self.special_tokens,
+        )
+
+
 class TextTokenizer:
     """The Tokenizer of a real model.
 
@@ -195,6 +216,11 @@ class TextTokenizer:
     def chat_template(self) -> str | None:
         """The source of the model's chat template."""
         return self._chat_source
+
+    def packed(self) -> PackedTokenizer:
+        """All of it, for another process."""
+        eos, special = list(self._eos_token_ids), self._special_tokens
+        return PackedTokenizer(self._tokenizer.to_str(), eos, self._bos_token_id, self._chat_source, special)
 
     @functools.cached_property
     def _plain(self) -> tokenizers.Tokenizer:
@@ -292,13 +318,13 @@ def _byte_characters() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
 
 
-_BYTE_OF_CHARACTER = _byte_characters()
+BYTE_OF_CHARACTER = _byte_characters()
 
 
 def _byte_level(token: str) -> bytes:
     """As the library's decoder has it: a token with any other character in it stands for itself."""
     try:
-        return bytes([_BYTE_OF_CHARACTER[character] for character in token])
+        return bytes([BYTE_OF_CHARACTER[character] for character in token])
     except KeyError:
         return token.encode()
 

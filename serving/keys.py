@@ -31,6 +31,11 @@ def digests(keys: Sequence[str]) -> tuple[bytes, ...]:
     )
 
 
+def as_digest(key: str) -> str:
+    """A key as sha256:HEX, whichever way it is written."""
+    return f"sha256:{digests([key])[0].hex()}"
+
+
 def key_middleware(api: Sequence[bytes], admin: Sequence[bytes]) -> Any:
     """Asks for `Authorization: Bearer KEY` (or `x-api-key: KEY`) where keys are configured.
 

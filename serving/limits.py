@@ -5,9 +5,11 @@ SamplingParams, those on the queue in the engine.
 """
 
 import asyncio
+import contextlib
 import logging
 from collections import Counter
-from typing import Any
+from collections.abc import AsyncGenerator
+from typing import Any, Protocol
 
 import msgspec
 from aiohttp import web
@@ -18,35 +20,74 @@ from serving.keys import CLIENT
 log = logging.getLogger("serving")
 
 
-def client_limits(body_timeout_s: float, max_requests_per_client: int) -> Any:
-    """A middleware that reads the body, for at most `body_timeout_s` seconds, and counts each client's requests.
+class ClientSlots:
+    """Counts each client's POST requests at a time.
 
     Args:
-        max_requests_per_client: POST requests of one client at a time; 0 for no limit.
+        limit: of one client; 0 for none.
     """
-    running: Counter[str] = Counter()
+
+    def __init__(self, limit: int):
+        self._limit = limit
+        self._running: Counter[str] = Counter()
+
+    def enter(self, client: str) -> bool:
+        """Counts one more, unless there are too many."""
+        if self._limit and self._running[client] >= self._limit:
+            return False
+        self._running[client] += 1
+        return True
+
+    def leave(self, client: str) -> None:
+        """Counts one less."""
+        self._running[client] -= 1
+        if not self._running[client]:
+            del self._running[client]
+
+    @contextlib.asynccontextmanager
+    async def slot(self, client: str) -> AsyncGenerator[None]:
+        """Holds a place for one request.
+
+        Raises:
+            ApiError: 429, the client has too many already.
+        """
+        if not self.enter(client):
+            raise too_many_requests(self._limit)
+        try:
+            yield
+        finally:
+            self.leave(client)
+
+
+class Slots(Protocol):
+    """Where clients' requests are counted: here, or in another process for several servers together."""
+
+    def slot(self, client: str) -> contextlib.AbstractAsyncContextManager[None]:
+        """See ClientSlots.slot."""
+        ...
+
+
+def too_many_requests(limit: int) -> ApiError:
+    """Status 429 of a client that has `limit` requests running."""
+    return ApiError(
+        429,
+        f"This client has {limit} requests running; no more are allowed at a time.",
+        type="rate_limit_error",
+        code="too_many_requests",
+        retry_after=1.0,
+    )
+
+
+def client_limits(body_timeout_s: float, slots: Slots) -> Any:
+    """A middleware that reads the body, for at most `body_timeout_s` seconds, and counts each client's requests."""
 
     @web.middleware
     async def check(request: web.Request, handler: Any) -> web.StreamResponse:
         if request.method != "POST":
             return await handler(request)
-        client = request[CLIENT]
-        if max_requests_per_client and running[client] >= max_requests_per_client:
-            raise ApiError(
-                429,
-                f"This client has {running[client]} requests running; {max_requests_per_client} are allowed at a time.",
-                type="rate_limit_error",
-                code="too_many_requests",
-                retry_after=1.0,
-            )
-        running[client] += 1
-        try:
+        async with slots.slot(request[CLIENT]):
             await _read_body(request, body_timeout_s)
             return await handler(request)
-        finally:
-            running[client] -= 1
-            if not running[client]:
-                del running[client]
 
     return check
 

@@ -1,21 +1,25 @@
 """Prometheus metrics of one server: the engine's counters as they are at the scrape, and the server's own.
 
 Made by app.create_app; routes/metrics.py answers with `exposition`. The engine's numbers are read, never copied into
-counters of our own, so a scrape can neither lag behind nor drift. Names: docs/operations.md.
+counters of our own, so a scrape can neither lag behind nor drift. Where several processes serve, their own numbers are
+summed by prometheus_client through the files that it keeps for each of them. Names: docs/operations.md.
 """
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
-if TYPE_CHECKING:
-    from jax_engine import AsyncEngine
+from jax_engine.engine_view import EngineView
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
+#: Names the folder where processes that serve together keep their numbers; prometheus_client reads it too.
+SHARED_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 
 #: Ours -> (key in Metrics.histograms, help, vLLM's name or None).
 _HISTOGRAMS = {
@@ -38,14 +42,13 @@ class ServerMetrics:
     """The registry of one server.
 
     Args:
-        engine: whose numbers are exported.
         model: label of every engine metric.
         vllm_names: export what vLLM has under its names too.
     """
 
-    def __init__(self, engine: "AsyncEngine", model: str, *, vllm_names: bool = False):
+    def __init__(self, model: str, *, vllm_names: bool = False):
+        self._model, self._vllm_names = model, vllm_names
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(engine, model, vllm_names))
         self.http_requests = Counter(
             "jax_engine_http_requests", "Answers by route and status.", ("route", "status"), registry=self._registry
         )
@@ -59,23 +62,27 @@ class ServerMetrics:
             "jax_engine_slow_readers_aborted", "Streams ended because nobody read them.", registry=self._registry
         )
 
-    def exposition(self) -> bytes:
-        """All metrics in Prometheus' text format."""
-        return generate_latest(self._registry)
+    def exposition(self, view: EngineView) -> bytes:
+        """All metrics in Prometheus' text format; those of the engine as `view` has them."""
+        shared = CollectorRegistry()
+        shared.register(_EngineCollector(view, self._model, self._vllm_names))
+        if SHARED_FOLDER not in os.environ:
+            return generate_latest(shared) + generate_latest(self._registry)
+        MultiProcessCollector(shared)  # type: ignore[no-untyped-call]
+        return generate_latest(shared)
 
 
 class _EngineCollector(Collector):
-    """Reads the engine at each scrape."""
+    """One view as metrics."""
 
-    def __init__(self, engine: "AsyncEngine", model: str, vllm_names: bool):
-        self._engine, self._model, self._vllm_names = engine, model, vllm_names
+    def __init__(self, view: EngineView, model: str, vllm_names: bool):
+        self._view, self._model, self._vllm_names = view, model, vllm_names
 
     def describe(self) -> Iterable[Metric]:
-        return []  # nothing is read before the first scrape
+        return []
 
     def collect(self) -> Iterator[Metric]:
-        snapshot = self._engine.metrics.snapshot()
-        gauges = self._engine.gauges
+        snapshot, gauges = self._view.figures, self._view.gauges
         yield from _ours(snapshot, gauges, _Families("jax_engine_", {"model": self._model}))
         if self._vllm_names:
             yield from _vllms(snapshot, gauges, _Families("vllm:", {"model_name": self._model, "engine": "0"}))

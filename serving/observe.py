@@ -12,9 +12,11 @@ from typing import Any
 
 from aiohttp import web
 
+from jax_engine.engine_view import EngineView
 from serving import logs
+from serving.engine_client import EngineClient
 from serving.metrics import ServerMetrics
-from serving.state import STATE, ServerState
+from serving.state import STATE
 
 log = logging.getLogger("serving")
 
@@ -61,21 +63,21 @@ async def measure_lag(metrics: ServerMetrics) -> None:
         metrics.loop_lag.observe(max(0.0, loop.time() - wanted))
 
 
-async def log_figures(state: ServerState, interval_s: float) -> None:
+async def log_figures(engine: EngineClient, interval_s: float) -> None:
     """Writes a line every `interval_s` seconds in which the engine had work."""
-    before = state.engine.metrics.snapshot()
+    before = await engine.view()
     while True:
         await asyncio.sleep(interval_s)
-        now = state.engine.metrics.snapshot()
-        if now["steps"] != before["steps"] or state.engine.num_requests:
-            log.info(figures(before, now, state))
+        now = await engine.view()
+        if now.figures["steps"] != before.figures["steps"] or now.num_requests:
+            log.info(figures(before.figures, now))
         before = now
 
 
-def figures(before: dict[str, Any], now: dict[str, Any], state: ServerState) -> str:
-    """One line about what happened between two snapshots."""
+def figures(before: dict[str, Any], view: EngineView) -> str:
+    """One line about what has happened since `before`."""
+    now, gauges = view.figures, view.gauges
     seconds = max(1e-9, now["wall_seconds"] - before["wall_seconds"])
-    gauges = state.engine.gauges
 
     def rate(name: str, kind: str | None = None) -> float:
         later, earlier = (snapshot[name] if kind is None else snapshot[name][kind] for snapshot in (now, before))

@@ -15,6 +15,7 @@ from typing import Any
 from jax_engine import ConfigError
 from serving.tools.formats import REASONING_MARKS, TOOL_FORMATS
 
+MAX_API_PROCESSES = 64
 _HASHED_KEY = re.compile(r"sha256:[0-9a-f]{64}")
 
 
@@ -33,6 +34,9 @@ class ServerOptions:
     host: str = _option("127.0.0.1", "Address to listen on; 0.0.0.0 for all.")
     port: int = _option(8000, "Port to listen on; 0 for any free one.")
     served_model_name: tuple[str, ...] = _option((), "Names that clients may use for the model. Default: its own.")
+    api_processes: int = _option(
+        0, "Processes for HTTP, templates, tokenizing and detokenizing, beside the engine's; 0: the engine's own."
+    )
     page: bool = _option(True, "Serve the page at /: a chat and a live view of the engine.")
 
     api_key_file: str | None = _option(
@@ -84,6 +88,8 @@ class ServerOptions:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.max_requests_per_client < 0:
             raise ConfigError(f"max_requests_per_client must be at least 0, got {self.max_requests_per_client}")
+        if not 0 <= self.api_processes <= MAX_API_PROCESSES:
+            raise ConfigError(f"api_processes must be in [0, {MAX_API_PROCESSES}], got {self.api_processes}")
         if (self.tls_cert_file is None) != (self.tls_key_file is None):
             raise ConfigError("TLS needs both tls_cert_file and tls_key_file")
         for origin in self.cors_origins:

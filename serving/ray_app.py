@@ -37,8 +37,9 @@ from starlette.requests import Request  # pyright: ignore[reportMissingImports]
 from starlette.responses import Response, StreamingResponse  # pyright: ignore[reportMissingImports]
 
 from jax_engine import ConfigError
-from serving import flags, server
+from serving import flags, front
 from serving.affinity import PrefixAffinity, prefix_digests
+from serving.app import AppSettings, create_app
 from serving.commands import common
 from serving.errors import ApiError, unavailable
 from serving.options import ServerOptions, admin_keys, api_keys
@@ -57,7 +58,7 @@ _UPSCALE_DELAY_S = 10.0
 #: Requests that the front may have in hand beside those it has places for: to refuse them.
 _REFUSALS = 64
 #: Of ServerOptions: what Ray Serve's own configuration says.
-_RAYS = ("host", "port", "tls_cert_file", "tls_key_file", "max_connections", "max_header_kib", "idle_timeout_s")
+_RAYS = ("host", "port", "api_processes", "tls_cert_file", "tls_key_file", "max_connections", "max_header_kib", "idle_timeout_s")
 #: Addresses that tell of one engine, and would tell of any here.
 _OF_ONE_ENGINE = ("/metrics", "/load", "/debug/", "/admin/")
 #: Headers of a hop, not of the request.
@@ -182,8 +183,8 @@ class Engines:
         self._engine = await asyncio.to_thread(build)
         self._folder = tempfile.TemporaryDirectory(prefix="jax-engine-")  # nobody else may enter it
         socket = str(Path(self._folder.name, "http"))
-        app = server.make_app(self._engine, options, api_keys(options), admin_keys(options))
-        self._state, self._runner = app[STATE], server.make_runner(app, options)
+        app = create_app(self._engine, AppSettings.of(options, api_keys(options), admin_keys(options)))
+        self._state, self._runner = app[STATE], front.make_runner(app, options)
         await self._runner.setup()
         await web.UnixSite(self._runner, socket).start()
         self._session = aiohttp.ClientSession(

@@ -4,16 +4,13 @@ Made by app.create_app, read by routes, written by server.py when it drains.
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from aiohttp import web
 
+from serving.engine_client import EngineClient
 from serving.errors import ApiError, unavailable
 from serving.metrics import ServerMetrics
 from serving.tools.formats import OutputFormat
-
-if TYPE_CHECKING:
-    from jax_engine import AsyncEngine
 
 
 @dataclass
@@ -32,7 +29,7 @@ class ServerState:
         profile_dir: where /admin/start_profile writes; None where it is off.
     """
 
-    engine: "AsyncEngine"
+    engine: EngineClient
     model_names: tuple[str, ...]
     created: int
     metrics: ServerMetrics

@@ -45,15 +45,8 @@ def idle_spans(host: Sequence[HostSpan], steps: Sequence[StepSpan]) -> list[Idle
     return found
 
 
-def split(spans: Sequence[HostSpan | StepSpan]) -> tuple[list[HostSpan], list[StepSpan]]:
-    """Host spans and steps, each in order of time."""
-    host = [span for span in spans if isinstance(span, HostSpan)]
-    return sorted(host, key=lambda span: span.start), [span for span in spans if isinstance(span, StepSpan)]
-
-
-def chrome_trace(spans: Sequence[HostSpan | StepSpan]) -> dict[str, Any]:
-    """The spans as a trace: a row for the engine's thread, a row for the device, counters."""
-    host, steps = split(spans)
+def chrome_trace(host: Sequence[HostSpan], steps: Sequence[StepSpan]) -> dict[str, Any]:
+    """The spans as a trace: a row for the engine's thread, a row for the device, counters. See idle_spans."""
     events: list[dict[str, Any]] = [
         {"ph": "M", "pid": _PROCESS, "name": "process_name", "args": {"name": "jax-engine"}},
         {"ph": "M", "pid": _PROCESS, "tid": _HOST, "name": "thread_name", "args": {"name": "engine thread"}},
@@ -69,13 +62,13 @@ def chrome_trace(spans: Sequence[HostSpan | StepSpan]) -> dict[str, Any]:
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
-def write_trace(path: str, spans: Sequence[HostSpan | StepSpan]) -> None:
+def write_trace(path: str, host: Sequence[HostSpan], steps: Sequence[StepSpan]) -> None:
     """Writes a trace file.
 
     Raises:
         OSError: it cannot be written.
     """
-    Path(path).write_bytes(msgspec.json.encode(chrome_trace(spans)))
+    Path(path).write_bytes(msgspec.json.encode(chrome_trace(host, steps)))
 
 
 def _slice(row: int, name: str, start: float, end: float, args: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from jax_engine.batch import BatchLayout
 from jax_engine.config import EngineConfig, ModelConfig, resolve
 from jax_engine.engine import Engine
 from jax_engine.scheduler import INVALID_TOKEN
-from jax_engine.testing.byte_tokenizer import ByteTokenizer
+from jax_engine.testing.byte_tokenizer import ByteTokenizer, byte_text_tokenizer
 from jax_engine.testing.fake_runner import FakeHandle, FakeRunner
+from jax_engine.tokenizer import Tokenizer
 
 RAISE, HANG, HOLD_LOCK, NOT_A_NUMBER, NO_MEMORY, LATE, NO_TEXT = range(300, 307)
 VOCAB_SIZE = 320
@@ -91,13 +92,13 @@ class LateFailure(FakeHandle):
         raise RuntimeError("INTERNAL: the step failed on the device")
 
 
-def build(config: EngineConfig | None = None) -> AsyncEngine:
-    """A running engine."""
+def build(config: EngineConfig | None = None, tokenizer: Tokenizer | None = None) -> AsyncEngine:
+    """A running engine; by default with a FaultyTokenizer."""
     config = config or EngineConfig(model="faulty")
     limits = resolve(config, MODEL, platform="cpu", num_pages=64)
     engine = Engine(
         FaultyRunner(limits, ByteTokenizer.vocab_size),
-        FaultyTokenizer(),
+        tokenizer or FaultyTokenizer(),
         vocab_size=VOCAB_SIZE,
         eos_token_ids=[],
         config=config,
@@ -111,11 +112,17 @@ def slow_build(config: EngineConfig) -> AsyncEngine:
     return build(config)
 
 
+def build_for_others(config: EngineConfig) -> AsyncEngine:
+    """An engine whose tokenizer can be sent to API processes."""
+    return build(config, byte_text_tokenizer())
+
+
 if __name__ == "__main__":
     from serving.cli import main
 
     words = sys.argv[1:]
     if "--slow-steps" in words:
         FaultyRunner.step_s = 0.03
-    jax_engine.AsyncEngine = slow_build if "--slow-load" in words else build  # type: ignore[misc]
+    quick = build_for_others if any(word.startswith("--api_processes") for word in words) else build
+    jax_engine.AsyncEngine = slow_build if "--slow-load" in words else quick  # type: ignore[misc]
     sys.exit(main(["serve", "faulty", "--port=0", *(word for word in words if not word.startswith("--slow-"))]))

@@ -208,10 +208,10 @@ async def test_an_idle_engine_sleeps(engine):
 
 async def test_a_profile_is_written(engine, tmp_path):
     with pytest.raises(InvalidRequest, match="no profile can be stopped"):
-        engine.stop_profile()
-    engine.start_profile(str(tmp_path))
+        await engine.stop_profile()
+    await engine.start_profile(str(tmp_path))
     with pytest.raises(InvalidRequest, match="no profile can be started"):
-        engine.start_profile(str(tmp_path))
+        await engine.start_profile(str(tmp_path))
     await collect(engine)
-    engine.stop_profile()
+    await engine.stop_profile()
     assert list(tmp_path.rglob("*.xplane.pb"))

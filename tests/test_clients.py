@@ -13,11 +13,12 @@ pytestmark = pytest.mark.long
 SERVER = """
 import asyncio, socket
 from aiohttp import web
-from serving.app import create_app
+from serving.app import AppSettings, create_app
 from tests.chatting import CALL, says
 
 async def main():
-    runner = web.AppRunner(create_app(says({text!r}), served_model_names=["fake-model"]), handler_cancellation=True)
+    app = create_app(says({text!r}), AppSettings(served_model_names=["fake-model"]))
+    runner = web.AppRunner(app, handler_cancellation=True)
     await runner.setup()
     listener = socket.create_server(("127.0.0.1", 0))
     await web.SockSite(runner, listener).start()

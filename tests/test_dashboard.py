@@ -6,6 +6,7 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from jax_engine.engine_view import look
 from jax_engine.testing.fake_engine import FakeAsyncEngine
 from serving.metrics import ServerMetrics
 
@@ -14,9 +15,9 @@ DASHBOARD = Path(__file__).resolve().parent.parent / "deploy/grafana/jax-engine.
 
 def exported():
     """name -> label names, of every sample."""
-    metrics = ServerMetrics(FakeAsyncEngine(), "m")
+    metrics = ServerMetrics("m")
     metrics.http_requests.labels("/x", "200").inc()
-    families = text_string_to_metric_families(metrics.exposition().decode())
+    families = text_string_to_metric_families(metrics.exposition(look(FakeAsyncEngine(), 0)).decode())
     return {sample.name: set(sample.labels) for family in families for sample in family.samples}
 
 

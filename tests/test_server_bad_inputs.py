@@ -19,7 +19,7 @@ from jax_engine.config import EngineConfig
 from jax_engine.engine import Engine
 from jax_engine.testing.byte_tokenizer import EOS, ByteTokenizer
 from jax_engine.testing.fake_runner import FakeRunner
-from serving.app import create_app
+from serving.app import AppSettings, create_app
 
 MAX_LEN, MAX_BODY = 128, 200_000
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -66,7 +66,9 @@ _songs: dict[int, list] = {}
 
 @pytest.fixture
 async def canary(served):
-    async with TestClient(TestServer(create_app(served, max_body_bytes=MAX_BODY, max_prompts=16))) as client:
+    async with TestClient(
+        TestServer(create_app(served, AppSettings(max_body_bytes=MAX_BODY, max_prompts=16)))
+    ) as client:
         found = Canary(client, served._engine)
         found.song = _songs.get(id(served))
         await found.sings()

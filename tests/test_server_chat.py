@@ -7,14 +7,14 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from jax_engine.testing.byte_tokenizer import ByteTokenizer
 from jax_engine.testing.fake_engine import FakeAsyncEngine, echo
-from serving.app import create_app
+from serving.app import AppSettings, create_app
 
 HELLO = [{"role": "user", "content": "hello"}]
 
 
 @contextlib.asynccontextmanager
 async def client_of(engine, **options):
-    async with TestClient(TestServer(create_app(engine, **options))) as client:
+    async with TestClient(TestServer(create_app(engine, AppSettings(**options)))) as client:
         yield client
 
 

@@ -10,7 +10,7 @@ from aiohttp.test_utils import TestClient, TestServer
 from jax_engine import ChatTemplateError
 from jax_engine.testing.byte_tokenizer import ByteTokenizer
 from jax_engine.testing.fake_engine import FakeAsyncEngine
-from serving.app import create_app
+from serving.app import AppSettings, create_app
 
 TOOL = {"type": "function", "function": {"name": "f"}}
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -19,7 +19,7 @@ COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
 @contextlib.asynccontextmanager
 async def client_of(engine, **options):
-    async with TestClient(TestServer(create_app(engine, **options))) as client:
+    async with TestClient(TestServer(create_app(engine, AppSettings(**options)))) as client:
         yield client
 
 

@@ -17,8 +17,8 @@ from aiohttp import web
 
 from jax_engine import ConfigError
 from jax_engine.testing.fake_engine import FakeAsyncEngine
-from serving import server
-from serving.app import create_app
+from serving import front, server
+from serving.app import AppSettings, create_app
 from serving.options import ServerOptions, api_keys
 from serving.state import STATE
 
@@ -33,7 +33,7 @@ CASES = [
 @contextlib.asynccontextmanager
 async def serving(engine, **options):
     """(client session with the base URL set, application)"""
-    app = create_app(engine, **options)
+    app = create_app(engine, AppSettings(**options))
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -129,7 +129,7 @@ async def test_drain_lets_streams_finish_and_refuses_new_ones():
     async with serving(engine) as (session, app):
         running = asyncio.create_task(session.post("/v1/completions", json={"prompt": "x", "max_tokens": 10}))
         await until(lambda: engine.num_requests == 1)
-        draining = asyncio.create_task(server.drain(app[STATE], 5.0))
+        draining = asyncio.create_task(server.OwnClients(app[STATE], engine).drain(5.0))
         await asyncio.sleep(0)
         for path, body in CASES:
             async with session.post(path, json=body) as response:
@@ -149,7 +149,7 @@ async def test_drain_aborts_what_takes_too_long(stream):
         body = {"prompt": "x", "stream": stream}
         running = asyncio.create_task(session.post("/v1/completions", json=body))
         await until(lambda: engine.num_requests == 1)
-        await server.drain(app[STATE], 0.05)
+        await server.OwnClients(app[STATE], engine).drain(0.05)
         response = await running
         text = await response.text()
         assert response.status == 200 and '"finish_reason":"abort"' in text
@@ -159,9 +159,9 @@ async def test_drain_aborts_what_takes_too_long(stream):
 
 async def test_run_server_aborts_for_clients_that_leave():
     engine = FakeAsyncEngine(stall=True)
-    with server.bind(ServerOptions(port=0)) as listener:
+    with front.bind(ServerOptions(port=0)) as listener:
         running = asyncio.create_task(server.run_server(lambda: engine, ServerOptions(), listener))
-        async with aiohttp.ClientSession(server.address(listener)) as session:
+        async with aiohttp.ClientSession(front.address(listener)) as session:
             await until(lambda: listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
             request = asyncio.create_task(session.post("/v1/completions", json={"prompt": "x"}))
             await until(lambda: engine.num_requests == 1)
@@ -176,12 +176,12 @@ def test_taken_port_is_found_at_once():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}"):
-            server.bind(ServerOptions(port=port))
+            front.bind(ServerOptions(port=port))
 
 
 def test_bad_host():
     with pytest.raises(ConfigError, match="cannot listen on 256"):
-        server.bind(ServerOptions(host="256.0.0.1"))
+        front.bind(ServerOptions(host="256.0.0.1"))
 
 
 def test_api_keys_come_from_file_and_environment(tmp_path, monkeypatch):

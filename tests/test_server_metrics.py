@@ -133,13 +133,12 @@ def test_json_log_lines():
 
 async def test_the_line_of_figures():
     engine = engine_with_numbers()
-    async with client_of(engine) as client:
-        state = client.app[STATE]
-        before = engine.metrics.snapshot() | {"wall_seconds": 0.0}
-        engine.metrics.tokens["generated"] += 50
-        engine.metrics.add_phase("schedule", 1.0, True)
-        now = engine.metrics.snapshot() | {"wall_seconds": 10.0}
-        line = observe.figures(before, now, state)
+    before = engine.metrics.snapshot() | {"wall_seconds": 0.0}
+    engine.metrics.tokens["generated"] += 50
+    engine.metrics.add_phase("schedule", 1.0, True)
+    view = await engine.view()
+    view.figures["wall_seconds"] = 10.0
+    line = observe.figures(before, view)
     assert "output 5 tok/s" in line and "device idle 10% (schedule 10%)" in line and "KV 0%" in line
 
 

@@ -7,14 +7,14 @@ import pytest
 from aiohttp.test_utils import TestServer
 
 from jax_engine.testing.fake_engine import FakeAsyncEngine, echo
-from serving.app import create_app
+from serving.app import AppSettings, create_app
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 
 
 @contextlib.asynccontextmanager
 async def client_of(engine, key="any", **options):
-    async with TestServer(create_app(engine, **options), host="127.0.0.1") as server:
+    async with TestServer(create_app(engine, AppSettings(**options)), host="127.0.0.1") as server:
         base_url = str(server.make_url("/v1"))
         async with openai.AsyncOpenAI(base_url=base_url, api_key=key, max_retries=0) as client:
             yield client

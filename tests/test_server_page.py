@@ -27,7 +27,7 @@ def test_idle_time_is_cut_where_the_host_goes_on():
 
 
 def test_the_trace_is_what_perfetto_reads(tmp_path):
-    write_trace(str(tmp_path / "trace.json"), [*HOST, step(0, 0.0, 1.5), step(1, 3.0, 3.5)])
+    write_trace(str(tmp_path / "trace.json"), HOST, [step(0, 0.0, 1.5), step(1, 3.0, 3.5)])
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     rows = {event["args"]["name"]: event["tid"] for event in events if event["name"] == "thread_name"}
     slices = [event for event in events if event["ph"] == "X"]
@@ -35,7 +35,7 @@ def test_the_trace_is_what_perfetto_reads(tmp_path):
     device = [(e["name"], e["ts"], e["dur"]) for e in slices if e["tid"] == rows["device"]]
     assert ("step 1", 3e6, 0.5e6) in device and ("idle: build", 2e6, 1e6) in device
     assert {e["name"] for e in events if e["ph"] == "C"} == {"running", "waiting", "used_pages"}
-    assert chrome_trace([])["traceEvents"]
+    assert chrome_trace([], [])["traceEvents"]
 
 
 def engine_with_spans():

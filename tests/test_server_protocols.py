@@ -9,7 +9,7 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
 from jax_engine.testing.fake_engine import FakeAsyncEngine
-from serving.app import create_app
+from serving.app import AppSettings, create_app
 from tests.chatting import CALL, says
 
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
@@ -19,7 +19,7 @@ INPUT_TOOL = {"name": "weather", "input_schema": {"type": "object"}}
 
 @contextlib.asynccontextmanager
 async def client_of(engine, **options):
-    async with TestClient(TestServer(create_app(engine, **options))) as client:
+    async with TestClient(TestServer(create_app(engine, AppSettings(**options)))) as client:
         yield client
 
 

@@ -1,10 +1,12 @@
-"""ByteTokenizer: a Tokenizer for tests, whose tokens are the 256 bytes, BOS and EOS. Needs no file and no library."""
+"""Tokenizers for tests, whose tokens are the 256 bytes, BOS and EOS: one without any library, and a real one."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import tokenizers
+
 from jax_engine.chat_template import ChatTemplateError, normalize_messages
-from jax_engine.tokenizer import ByteStream, ChatPrompt, TextStream
+from jax_engine.tokenizer import BYTE_OF_CHARACTER, ByteStream, ChatPrompt, TextStream, TextTokenizer
 
 BOS, EOS = 256, 257
 _SPECIAL = {BOS: "<bos>", EOS: "<eos>"}
@@ -56,3 +58,14 @@ class ByteTokenizer:
         text = "\n".join(lines) + ("" if continue_final_message else "\n")
         text += "assistant: " if add_generation_prompt else ""
         return ChatPrompt(text, self.encode(text))
+
+
+def byte_text_tokenizer() -> TextTokenizer:
+    """The same tokens in the tokenizers library, so that it can be sent to another process. Has a chat template."""
+    model = tokenizers.models.BPE(vocab=dict(BYTE_OF_CHARACTER), merges=[])
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(_SPECIAL.values()))
+    template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant: "
+    return TextTokenizer(tokenizer, eos_token_ids=[EOS], bos_token_id=BOS, chat_template=template)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from jax_engine.config import EngineConfig, Limits
+from jax_engine.engine_view import EngineView, look
 from jax_engine.errors import ConfigError, EngineStopped, InvalidRequest, QueueFull
 from jax_engine.metrics import Gauges, Metrics
 from jax_engine.request import CompletionOutput, FinishReason, Logprob, PositionLogprobs, RequestMetrics, RequestOutput
@@ -83,7 +84,7 @@ class FakeAsyncEngine:
         self.metrics, self.timeline = Metrics(), Timeline()
         self.is_alive = True
         self.turn_seconds = 0.0
-        self.num_aborted = self.max_live = 0
+        self.num_aborted = self.max_live = self.num_resets = 0
         self.submitted: list[tuple[str, list[int], SamplingParams, int]] = []
         self.scheduling: list[dict[str, str | None]] = []  # the other arguments of each
         self._live: dict[str, _Live] = {}
@@ -202,6 +203,14 @@ class FakeAsyncEngine:
         self._admit(ids, SamplingParams())
         vector = np.array([len(ids), sum(ids), ids[0], ids[-1]], np.float32)
         return RequestOutput("", None, ids, [], True, RequestMetrics(0.0), embedding=vector / np.linalg.norm(vector))
+
+    async def view(self, seconds: float = 0.0) -> EngineView:
+        """See AsyncEngine.view."""
+        return look(self, seconds)
+
+    async def reset_prefix_cache(self) -> None:
+        """Counts the calls."""
+        self.num_resets += 1
 
     async def abort(self, request_id: str) -> None:
         """See AsyncEngine.abort."""

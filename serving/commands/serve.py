@@ -1,7 +1,8 @@
 """`jax-engine serve`: the HTTP server around one engine."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from serving import flags
@@ -15,31 +16,30 @@ if TYPE_CHECKING:
 
 def run(argv: Sequence[str]) -> int:
     """Serves until a signal. See cli.main for what it raises and returns."""
-    from serving import server
-
     flag_values = common.engine_flags(log_level="info")
     flags.define(flag_values, ServerOptions, group="Server")
     if not common.parse(flag_values, "serve", COMMANDS["serve"], argv):
         return 0
+    from serving import front, server
+    from serving.event_loop import loop_factory
+    from serving.remote import supervisor
+
     options = ServerOptions(**flags.values(flag_values, ServerOptions))
     config = common.engine_config(flag_values)
     if config.process_id:
         common.build_engine(config, flags.non_defaults(flag_values))  # follows until process 0 ends; then so does this
     keys, admin = api_keys(options), admin_keys(options)
     options.ssl_context()  # a certificate that is of no use is told before weights are loaded
-    with server.bind(options) as listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
 
-        def build() -> "AsyncEngine":
-            return common.build_engine(config, flags.non_defaults(flag_values))
+    def build() -> "AsyncEngine":
+        return common.build_engine(config, flags.non_defaults(flag_values))
 
-        runner.run(server.run_server(build, options, listener, keys, admin))
+    with contextlib.ExitStack() as opened:
+        listeners = [opened.enter_context(each) for each in front.bind_all(options, max(1, options.api_processes))]
+        runner = opened.enter_context(asyncio.Runner(loop_factory=loop_factory()))
+        if options.api_processes:
+            logging = str(flag_values["log_level"].value), str(flag_values["log_format"].value)
+            runner.run(supervisor.run_processes(build, options, listeners, keys, admin, *logging))
+        else:
+            runner.run(server.run_server(build, options, listeners[0], keys, admin))
     return 0
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
-    """uvloop's event loop where there is one."""
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.new_event_loop
-    return uvloop.new_event_loop

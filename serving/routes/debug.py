@@ -5,13 +5,15 @@ The page draws the one; Perfetto (https://ui.perfetto.dev) opens the other.
 
 import asyncio
 import dataclasses
+import math
 from typing import Any
 
 from aiohttp import web
 
+from jax_engine.engine_view import EngineView
 from serving.errors import bad_request, json_response
 from serving.state import STATE, ServerState
-from serving.trace import chrome_trace, idle_spans, split
+from serving.trace import chrome_trace, idle_spans
 
 _MAX_SECONDS = 10.0
 _MAX_CELLS = 1024
@@ -41,25 +43,23 @@ async def engine(request: web.Request) -> web.Response:
         seconds = -1.0
     if not 0 < seconds <= _MAX_SECONDS:
         raise bad_request(f"seconds must be a number in (0, {_MAX_SECONDS:g}]", "seconds")
-    return json_response(await asyncio.to_thread(_view, request.app[STATE], seconds))
+    state = request.app[STATE]
+    view = await state.engine.view(seconds)
+    return json_response(await asyncio.to_thread(_picture, state, view))
 
 
 async def trace(request: web.Request) -> web.Response:
     """Everything the timeline holds, as a file for Perfetto."""
-    timeline = request.app[STATE].engine.timeline
-    response = json_response(await asyncio.to_thread(lambda: chrome_trace(timeline.spans())))
+    view = await request.app[STATE].engine.view(math.inf)
+    response = json_response(await asyncio.to_thread(chrome_trace, view.host, view.steps))
     response.headers["Content-Disposition"] = 'attachment; filename="jax-engine-trace.json"'
     return response
 
 
-def _view(state: ServerState, seconds: float) -> dict[str, Any]:
-    source = state.engine
-    now = source.metrics.now()
-    host, steps = split(source.timeline.spans(now - seconds))
-    snapshot = source.metrics.snapshot()
-    limits = source.limits
+def _picture(state: ServerState, view: EngineView) -> dict[str, Any]:
+    figures, limits = view.figures, state.engine.limits
     return {
-        "now": now,
+        "now": view.now,
         "model": state.model_names[0],
         "draining": state.draining,
         "limits": {
@@ -69,14 +69,14 @@ def _view(state: ServerState, seconds: float) -> dict[str, Any]:
             "page_size": limits.page_size,
             "scheduling": limits.scheduling,
         },
-        "gauges": dataclasses.asdict(source.gauges),
-        "host": host,
-        "steps": [step._asdict() for step in steps],
-        "inflight": source.timeline.inflight(),
-        "idle": idle_spans(host, steps),
-        "figures": {name: snapshot[name] for name in _FIGURES},
-        "histograms": {name: snapshot["histograms"][name] for name in ("time_to_first_token", "inter_token")},
-        "pages": _pages(source.page_references()),
+        "gauges": dataclasses.asdict(view.gauges),
+        "host": view.host,
+        "steps": [step._asdict() for step in view.steps],
+        "inflight": view.inflight,
+        "idle": idle_spans(view.host, view.steps),
+        "figures": {name: figures[name] for name in _FIGURES},
+        "histograms": {name: figures["histograms"][name] for name in ("time_to_first_token", "inter_token")},
+        "pages": _pages(view.pages),
     }
 
 

@@ -24,11 +24,11 @@ async def health(request: web.Request) -> web.Response:
 
 async def load(request: web.Request) -> web.Response:
     """What a router needs to choose among servers; `server_load` (unfinished requests) is vLLM's field."""
-    engine = request.app[STATE].engine
-    gauges = engine.gauges
+    view = await request.app[STATE].engine.view()
+    gauges = view.gauges
     return json_response(
         {
-            "server_load": engine.num_requests,
+            "server_load": view.num_requests,
             "running": gauges.running,
             "waiting": gauges.waiting,
             "kv_pages_used": gauges.used_pages,

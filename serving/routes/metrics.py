@@ -13,4 +13,6 @@ def add_routes(router: web.UrlDispatcher) -> None:
 
 async def metrics(request: web.Request) -> web.Response:
     """All metrics of this server and its engine."""
-    return web.Response(body=request.app[STATE].metrics.exposition(), headers={"Content-Type": CONTENT_TYPE})
+    state = request.app[STATE]
+    body = state.metrics.exposition(await state.engine.view())
+    return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
