@@ -231,7 +231,8 @@ def main(argv: Sequence[str]) -> int:
             row = rows[-1]
             print(
                 f"{endpoint:12} {streams:5} streams, {processes} API processes: "
-                f"offered {row['offered_tokens_per_s']:8.0f} tok/s, received {row['received_tokens_per_s']:8.0f}, server {row['server_cpu_share']:.2f} cores, "
+                f"offered {row['offered_tokens_per_s']:8.0f} tok/s, received {row['received_tokens_per_s']:8.0f}, "
+                f"server {row['server_cpu_share']:.2f} cores, "
                 f"engine's process {row['engine_process_cpu_share']:.2f}, "
                 f"clients {row['client_cpu_share']:.2f}, {row['received_tokens_per_server_cpu_s']:.0f} tok per CPU s",
                 flush=True,

@@ -4,6 +4,7 @@ Called by server.py, by each process of remote/, and by tests. Knows which route
 and nothing of what they do.
 """
 
+import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from serving.routes import ROUTES, page
 from serving.security import add_security_headers, cors
 from serving.state import STATE, ServerState
 from serving.tools import formats
+from serving.tracing import Tracing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,7 @@ class AppSettings:
         vllm_metrics: export metrics under vLLM's names too.
         profile_dir: where profiles are written; None switches profiling off.
         with_page: serve the page at /.
+        otel: send a span of each request; see tracing.Tracing.
     """
 
     served_model_names: Sequence[str] = ()
@@ -58,12 +61,13 @@ class AppSettings:
     vllm_metrics: bool = False
     profile_dir: str | None = None
     with_page: bool = True
+    otel: bool = False
 
     @classmethod
     def of(cls, options: ServerOptions, api_keys: Sequence[str], admin_keys: Sequence[str]) -> "AppSettings":
         """The operator's choices."""
         same = ("max_requests_per_client", "body_timeout_s", "write_timeout_s", "tool_call_parser", "reasoning_parser")
-        same += ("cors_origins", "vllm_metrics", "profile_dir")
+        same += ("cors_origins", "vllm_metrics", "profile_dir", "otel")
         return cls(
             served_model_names=options.served_model_name,
             api_keys=api_keys,
@@ -97,7 +101,14 @@ def create_app(
         module.add_routes(app.router)
     if settings.with_page:
         page.add_routes(app.router)
+    app.on_cleanup.append(_send_traces)
     return app
+
+
+async def _send_traces(app: web.Application) -> None:
+    tracing = app[STATE].tracing
+    if tracing is not None:
+        await asyncio.to_thread(tracing.shutdown)
 
 
 def _state(engine: EngineClient, settings: AppSettings) -> ServerState:
@@ -116,4 +127,5 @@ def _state(engine: EngineClient, settings: AppSettings) -> ServerState:
         ),
         write_timeout_s=settings.write_timeout_s,
         profile_dir=settings.profile_dir,
+        tracing=Tracing() if settings.otel else None,
     )

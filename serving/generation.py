@@ -87,13 +87,19 @@ class Job:
             slo_class=self.slo_class,
             cache_salt=self.cache_salt,
         )
+        tracing = self.state.tracing
+        trace = None if tracing is None else tracing.begin(request_id, self.state.model_names[0], self.params)
         self.state.live.add(request_id)
         try:
             async with contextlib.aclosing(stream):  # type: ignore[type-var]
                 async for output in stream:
+                    if trace is not None:
+                        trace.see(output)
                     yield index, output
         finally:
             self.state.live.discard(request_id)
+            if trace is not None:
+                trace.end()
 
 
 async def _merge(streams: Sequence[AsyncGenerator[Any, None]]) -> AsyncGenerator[Any, None]:

@@ -13,7 +13,7 @@ from typing import Any
 from aiohttp import web
 
 from jax_engine.engine_view import EngineView
-from serving import logs
+from serving import logs, tracing
 from serving.engine_client import EngineClient
 from serving.metrics import ServerMetrics
 from serving.state import STATE
@@ -31,7 +31,7 @@ async def request_middleware(request: web.Request, handler: Any) -> web.StreamRe
     """Gives each request an id (the client's own, where it sent a harmless one) and counts the answers."""
     given = request.headers.get(REQUEST_ID_HEADER, "")
     request[REQUEST_ID] = identifier = given if _SAFE_ID.fullmatch(given) else uuid.uuid4().hex
-    token = logs.request_id.set(identifier)
+    token, parent = logs.request_id.set(identifier), tracing.headers.set(request.headers)
     status = "499"  # the client left
     try:
         response = await handler(request)
@@ -39,6 +39,7 @@ async def request_middleware(request: web.Request, handler: Any) -> web.StreamRe
         return response
     finally:
         logs.request_id.reset(token)
+        tracing.headers.reset(parent)
         request.app[STATE].metrics.http_requests.labels(_route(request), status).inc()
 
 

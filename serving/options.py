@@ -70,6 +70,7 @@ class ServerOptions:
     )
     log_interval_s: float = _option(10.0, "Seconds between two lines of figures in the log; 0 for none.")
     vllm_metrics: bool = _option(False, "Export metrics under vLLM's names too.")
+    otel: bool = _option(False, "Send a span of each request as the OTEL_* variables say; needs the extra otel.")
     trace_file: str | None = _option(None, "Write the last steps there when the server ends, as a trace for Perfetto.")
     profile_dir: str | None = _option(None, "Folder that /admin/start_profile lets jax write to; off without it.")
 

@@ -11,6 +11,7 @@ from serving.engine_client import EngineClient
 from serving.errors import ApiError, unavailable
 from serving.metrics import ServerMetrics
 from serving.tools.formats import OutputFormat
+from serving.tracing import Tracing
 
 
 @dataclass
@@ -27,6 +28,7 @@ class ServerState:
         live: request ids now in the engine.
         output_format: how the model writes tool calls and reasoning.
         profile_dir: where /admin/start_profile writes; None where it is off.
+        tracing: where spans go; None where tracing is off.
     """
 
     engine: EngineClient
@@ -40,6 +42,7 @@ class ServerState:
     live: set[str] = field(default_factory=set)
     output_format: OutputFormat = field(default_factory=OutputFormat)
     profile_dir: str | None = None
+    tracing: Tracing | None = None
 
     def check_open(self) -> None:
         """Raises ApiError 503 when no request can be taken."""

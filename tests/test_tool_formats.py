@@ -178,7 +178,7 @@ def test_grammars_admit_calls_that_fit_and_the_parser_reads_them(tools):
         assert matches(required, text) and matches(free, text), text
         assert run(tools, None, [text]).calls[0].name in ("count", "stop")
     for text in (call_text(tools, "count", '{"n": "x"}'), call_text(tools, "other", "{}")):
-        assert not matches(required, text) and (tools == "mistral" or not matches(free, text))
+        assert not matches(required, text) and not matches(free, text)
     assert not matches(required, "Hello") and matches(free, "Hello")
 
 
@@ -202,6 +202,43 @@ def test_grammar_of_json_after_reasoning():
     harmony = json_grammar(OutputFormat("gpt_oss"), SCHEMA, lambda text: None, thinks=False)
     assert matches(harmony, '<|channel|>final<|message|>{"n": 1}')
     assert matches(harmony, OSS_THOUGHT + '<|channel|>final<|message|>{"n": 1}')
+
+
+def test_harmony_answers_think_call_or_answer():
+    options = {"special_token": lambda text: None, "several": True}
+    free = answer_grammar(OutputFormat("gpt_oss"), FUNCTIONS, required=False, **options)
+    required = answer_grammar(OutputFormat("gpt_oss"), FUNCTIONS, required=True, **options)
+    preamble = "<|channel|>commentary<|message|>I shall count.<|end|><|start|>assistant"
+    good = call_text("gpt_oss", "count", '{"n": 3}')
+    for text in (good, OSS_THOUGHT + good, OSS_THOUGHT + preamble + OSS_THOUGHT + call_text("gpt_oss", "stop", "{}")):
+        assert matches(free, text) and matches(required, text), text
+        assert run("gpt_oss", None, [text]).calls[0].name in ("count", "stop")
+    final = OSS_THOUGHT + "<|channel|>final<|message|>Three {."
+    assert matches(free, final) and not matches(required, final)
+    for bad in (call_text("gpt_oss", "count", '{"n": "x"}'), call_text("gpt_oss", "other", "{}"), "Hello"):
+        assert not matches(free, OSS_THOUGHT + bad) and not matches(required, OSS_THOUGHT + bad), bad
+
+
+def test_special_tokens_keep_text_and_calls_apart():
+    def tokens(text, marks):
+        for mark in marks:
+            text = text.replace(mark, "\x00")
+        return [256 if character == "\x00" else ord(character) for character in text]
+
+    for tools, good, bad in (
+        ("mistral", '[TOOL_CALLS]count[ARGS]{"n": 3}', '[TOOL_CALLS]count[ARGS]{"n": "x"}'),
+        ("gpt_oss", call_text("gpt_oss", "count", '{"n": 3}'), call_text("gpt_oss", "count", '{"n": "x"}')),
+    ):
+        marks = formats.TOOL_FORMATS[tools].special
+        ids = dict.fromkeys(marks, 256)
+        grammar = answer_grammar(OutputFormat(tools), FUNCTIONS, ids.get, required=False, several=True)
+        before = "Well." if tools == "mistral" else OSS_THOUGHT
+        answer = "Hello" if tools == "mistral" else "<|channel|>final<|message|>Hello"
+        compiled = GrammarCompiler(ByteTokenizer(), 258, [257]).compile(StructuredOutputsParams(grammar=grammar))
+        for text, wanted in ((good, True), (before + good, True), (answer, True), (bad, False), (before + bad, False)):
+            state, ids_of_text = compiled.start(), tokens(text, marks)
+            whole = state.try_consume_tokens(ids_of_text) == len(ids_of_text) and state.is_accepting()
+            assert whole is wanted, (tools, text)
 
 
 def test_special_tokens_in_grammars():

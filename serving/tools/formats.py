@@ -8,16 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jax_engine.structured_outputs import WHITESPACE
+from serving.tools import harmony
 from serving.tools.gpt_oss import GptOssParser
 from serving.tools.hermes import HermesParser
+from serving.tools.lark import SpecialToken, json_rule, terms
 from serving.tools.llama3 import Llama3Parser
 from serving.tools.mistral import MistralParser
 from serving.tools.pieces import OutputParser
 from serving.tools.thinking import PlainParser, ThinkingParser
-
-#: Gives the token id of a special token's text, or None where the vocabulary has no such token.
-SpecialToken = Callable[[str], int | None]
 
 
 @dataclass(frozen=True)
@@ -42,8 +40,6 @@ class ToolFormat:
     special: tuple[str, ...] = ()
 
 
-_HARMONY_MARKS = ("<|channel|>", "<|message|>", "<|constrain|>", "<|start|>", "<|end|>")
-
 TOOL_FORMATS = {
     "gpt_oss": ToolFormat(
         GptOssParser,
@@ -52,7 +48,7 @@ TOOL_FORMATS = {
         ("<|channel|>",),
         bare=True,
         infix=" <|constrain|>json<|message|>",
-        special=_HARMONY_MARKS,
+        special=harmony.MARKS,
     ),
     "hermes": ToolFormat(HermesParser, "<tool_call>\n", "\n</tool_call>", ("<tool_call>",), separator="\n"),
     "mistral": ToolFormat(
@@ -143,17 +139,19 @@ def answer_grammar(
         schema: of an answer without calls.
         thinks: the prompt has opened the reasoning, so that its end comes first.
     """
+    if output.tools == "gpt_oss":
+        return harmony.answer_grammar(functions, special_token, required=required, schema=schema)
     form = output.tool_format
     assert form is not None
     lines = [_call_rule(form, index, function, special_token) for index, function in enumerate(functions)]
     calls = " | ".join(f"call_{index}" for index in range(len(functions)))
-    more = f" ({_text(form.separator, form, special_token)} call)*" if several and form.separator else ""
+    more = f" ({terms(form.separator, form.special, special_token)} call)*" if several and form.separator else ""
     more = " call*" if several and not form.separator else more
     lines.append(f"call: {calls}")
     lines.append(f"calls: call{more}")
     answers = ["calls"]
     if not required and schema is not None:
-        lines.append(f"answer: {_json(schema)}")
+        lines.append(f"answer: {json_rule(schema)}")
         answers.append("answer")
     elif not required:
         answers += _free_text(form, lines, special_token)
@@ -170,51 +168,47 @@ def json_grammar(
     Arguments as for answer_grammar.
     """
     if output.tools == "gpt_oss":
-        form = TOOL_FORMATS["gpt_oss"]
-        marks = ("<|channel|>analysis<|message|>", "<|end|>", "<|start|>assistant", "<|channel|>final<|message|>")
-        begin, end, start, final = (_text(mark, form, special_token) for mark in marks)
-        thought = f"thought: TEXT {end}" if end.startswith("<") else f"thought[lazy]: TEXT {end}"
-        return f"start: ({begin} thought {start})? {final} {_json(schema)}\n{thought}\nTEXT: /(.|\\n)*/\n"
+        return harmony.answer_grammar((), special_token, required=False, schema=schema)
     if output.reasoning is None:
         return None
     lines: list[str] = []
     prefix = _reasoning_rule(output, thinks, lines)
-    return "\n".join([f"start: {prefix}{_json(schema)}", *lines, ""])
-
-
-def _json(schema: Mapping[str, Any]) -> str:
-    return "%json " + json.dumps({"x-guidance": {"whitespace_pattern": WHITESPACE}} | dict(schema))
+    return "\n".join([f"start: {prefix}{json_rule(schema)}", *lines, ""])
 
 
 def _call_rule(form: ToolFormat, index: int, function: Mapping[str, Any], special_token: SpecialToken) -> str:
     name, schema = function["name"], function.get("parameters") or {"type": "object"}
-    begin, end = _text(form.begin, form, special_token), _text(form.end, form, special_token)
+    begin, end = terms(form.begin, form.special, special_token), terms(form.end, form.special, special_token)
     if form.bare and all(special_token(mark) is not None for mark in form.special):
-        head = _text(name, form, special_token) + " " + _text(form.infix, form, special_token)
-        return f"call_{index}: {begin} {head} {_json(schema)} {end}"
+        head = terms(name, form.special, special_token) + " " + terms(form.infix, form.special, special_token)
+        return f"call_{index}: {begin} {head} {json_rule(schema)} {end}"
     wrapped = {
         "type": "object",
         "properties": {"name": {"const": name}, form.arguments_key: schema},
         "required": ["name", form.arguments_key],
         "additionalProperties": False,
     }
-    return f"call_{index}: {begin} {_json(wrapped)} {end}"
+    return f"call_{index}: {begin} {json_rule(wrapped)} {end}"
 
 
 def _free_text(form: ToolFormat, lines: list[str], special_token: SpecialToken) -> list[str]:
-    """Rules for an answer of text before calls, or without any."""
+    """Rules for an answer of text before calls, or without any; what begins like a call has to be one."""
     if not form.begin:  # Llama 3: an answer is calls from its first character, or none
         lines.append(r"TEXT: /[^{](.|\n)*/")
         return ["TEXT"]
     lines.append(r"TEXT: /(.|\n)*/")
-    if form.special:
-        return ["TEXT calls", "TEXT"]
+    if any(mark in form.begin and special_token(mark) is not None for mark in form.special):
+        return ["TEXT calls", "TEXT"]  # no text holds a special token
     lines.append(f"head[lazy]: TEXT {json.dumps(form.begin)}")
-    first = [line.replace(f": {json.dumps(form.begin)} ", ": ", 1).replace("call_", "rest_", 1) for line in lines]
-    rests = [line for line in first if line.startswith("rest_")]
+    rests = [
+        line.replace(f": {json.dumps(form.begin)} ", ": ", 1).replace("call_", "rest_", 1)
+        for line in lines
+        if line.startswith("call_")
+    ]
     lines += rests
     names = " | ".join(line.partition(":")[0] for line in rests)
-    lines.append(f"tail: head ({names}) ({json.dumps(form.separator)} call)*")
+    more = f"({json.dumps(form.separator)} call)*" if form.separator else "call*"
+    lines.append(f"tail: head ({names}) {more}")
     return ["tail", "TEXT"]
 
 
@@ -225,19 +219,3 @@ def _reasoning_rule(output: OutputFormat, thinks: bool, lines: list[str]) -> str
     lines.append(rf"thought[lazy]: /(.|\n)*/ {end}")
     lines.append(r"GAP: /\n{0,2}/")
     return "thought GAP " if thinks else f"({begin} thought GAP)? "
-
-
-def _text(text: str, form: ToolFormat, special_token: SpecialToken) -> str:
-    """A text as Lark terms, special tokens as such where the vocabulary has them."""
-    terms = []
-    while text:
-        found = min(((text.find(mark), mark) for mark in form.special if mark in text), default=None)
-        before = text if found is None else text[: found[0]]
-        if before:
-            terms.append(json.dumps(before))
-        if found is None:
-            break
-        token = special_token(found[1])
-        terms.append(json.dumps(found[1]) if token is None else f"<[{token}]>")
-        text = text[found[0] + len(found[1]) :]
-    return " ".join(terms)
