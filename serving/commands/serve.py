@@ -23,6 +23,7 @@ def run(argv: Sequence[str]) -> int:
     from serving import front, server
     from serving.event_loop import loop_factory
     from serving.remote import supervisor
+    from serving.tracing import Tracing
 
     options = ServerOptions(**flags.values(flag_values, ServerOptions))
     config = common.engine_config(flag_values)
@@ -30,6 +31,8 @@ def run(argv: Sequence[str]) -> int:
         common.build_engine(config, flags.non_defaults(flag_values))  # follows until process 0 ends; then so does this
     keys, admin = api_keys(options), admin_keys(options)
     options.ssl_context()  # a certificate that is of no use is told before weights are loaded
+    if options.otel:
+        Tracing().shutdown()  # so is a missing extra
 
     def build() -> "AsyncEngine":
         return common.build_engine(config, flags.non_defaults(flag_values))
