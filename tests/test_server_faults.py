@@ -88,6 +88,49 @@ async def many_headers(session):
     return await raw(session, b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"X-A: a\r\n" * 400 + b"\r\n")
 
 
+async def left_at_once(session):
+    _, writer = await asyncio.open_connection("127.0.0.1", session._base_url.port)
+    writer.close()
+    return 0, ""
+
+
+async def left_in_the_head(session):
+    _, writer = await asyncio.open_connection("127.0.0.1", session._base_url.port)
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConte")
+    await writer.drain()
+    writer.close()
+    return 0, ""
+
+
+async def reset_while_streaming(session):
+    reader, writer = await asyncio.open_connection("127.0.0.1", session._base_url.port)
+    body = json.dumps(ENDLESS).encode()
+    head = (
+        f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+    )
+    writer.write(head.encode() + b"\r\n" + body)
+    await reader.readuntil(b"data: ")
+    writer.transport.abort()
+    return 0, ""
+
+
+async def left_while_waiting(session):
+    """Of more requests than there are slots, those in line are given up before they were ever scheduled."""
+    posts = [asyncio.create_task(session.post(COMPLETIONS, json=ENDLESS | {"stream": False})) for _ in range(40)]
+    while (await (await session.get("/load")).json())["waiting"] < 5:
+        await asyncio.sleep(0.005)
+    for post in posts:
+        post.cancel()
+    await asyncio.gather(*posts, return_exceptions=True)
+    return 0, ""
+
+
+async def no_grammar(session):
+    body = {"prompt": "x", "structured_outputs": {"grammar": "start: ("}}
+    async with session.post(COMPLETIONS, json=body) as response:
+        return response.status, await response.text()
+
+
 async def left_in_the_body(session):
     _, writer = await asyncio.open_connection("127.0.0.1", session._base_url.port)
     writer.write(
@@ -121,7 +164,12 @@ FAULTS = {
     no_http: 400,
     huge_header: 400,
     many_headers: 400,
+    no_grammar: 400,
+    left_at_once: 0,
+    left_in_the_head: 0,
     left_in_the_body: 0,
+    left_while_waiting: 0,
+    reset_while_streaming: 0,
     left_while_streaming: 200,
     left_before_the_answer: 0,
 }
@@ -149,6 +197,32 @@ async def test_a_fault_harms_nobody_else(fault):
             assert threading.active_count() <= threads + 1
     finally:
         engine.shutdown()
+
+
+async def test_faults_at_two_api_processes_harm_nobody_else():
+    """The same, except for a tokenizer's own faults: those of a real one cannot be brought about."""
+    with server_process("--api_processes=2") as (process, url, _):
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+
+        def files():
+            return [len(os.listdir(f"/proc/{pid}/fd")) for pid in (process.pid, *children)]
+
+        async with aiohttp.ClientSession(url) as session:
+            before, opened = await canary(session), files()
+            for fault, wanted in FAULTS.items():
+                if fault in (no_text, no_text_in_a_stream, no_tokens):
+                    continue
+                async with aiohttp.ClientSession(url) as other:  # a connection of its own, to either process
+                    status, text = await fault(other)
+                assert status == wanted, fault
+                for secret in ("Traceback", "/work", "/secret", ".py", "Error("):
+                    assert secret not in text
+                assert (await session.get("/health")).status == 200
+                assert await canary(session) == before
+                async with asyncio.timeout(30):
+                    while (load := await (await session.get("/load")).json())["server_load"] or load["kv_pages_used"]:
+                        await asyncio.sleep(0.01)
+            await until(lambda: all(now <= then + 3 for now, then in zip(files(), opened, strict=True)))
 
 
 async def test_a_reader_too_slow_is_aborted_with_its_request():

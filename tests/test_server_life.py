@@ -179,6 +179,19 @@ def test_taken_port_is_found_at_once():
             front.bind(ServerOptions(port=port))
 
 
+def test_a_port_shared_by_processes_is_taken_for_others():
+    listeners = front.bind_all(ServerOptions(port=0), 3)
+    try:
+        assert len({listener.getsockname() for listener in listeners}) == 1
+        options = ServerOptions(port=listeners[0].getsockname()[1])
+        for count in (1, 3):
+            with pytest.raises(ConfigError, match="cannot listen on"):
+                front.bind_all(options, count)
+    finally:
+        for listener in listeners:
+            listener.close()
+
+
 def test_bad_host():
     with pytest.raises(ConfigError, match="cannot listen on 256"):
         front.bind(ServerOptions(host="256.0.0.1"))
