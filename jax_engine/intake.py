@@ -64,12 +64,7 @@ class Intake:
             token_ids = list(prompt)
         token_ids = params.truncated(token_ids, self._limits.max_model_len)
         self._check(token_ids, params)
-        for name, text in (("user", user), ("slo_class", slo_class), ("cache_salt", cache_salt)):
-            if text is not None and len(text) > MAX_NAME_CHARS:
-                raise InvalidRequest(f"{name} has {len(text)} characters; at most {MAX_NAME_CHARS} are allowed", name)
-        if slo_class is not None and slo_class not in self._limits.slo_classes:
-            known = ", ".join(self._limits.slo_classes)
-            raise InvalidRequest(f"slo_class must be one of {known}; got {slo_class!r}", "slo_class")
+        self._check_names(user=user, slo_class=slo_class, cache_salt=cache_salt)
         return Request(
             request_id=request_id,
             prompt_token_ids=tuple(token_ids),
@@ -84,6 +79,15 @@ class Intake:
             slo_class=slo_class,
             cache_salt=cache_salt,
         )
+
+    def _check_names(self, **names: str | None) -> None:
+        for name, text in names.items():
+            if text is not None and len(text) > MAX_NAME_CHARS:
+                raise InvalidRequest(f"{name} has {len(text)} characters; at most {MAX_NAME_CHARS} are allowed", name)
+        slo_class = names["slo_class"]
+        if slo_class is not None and slo_class not in self._limits.slo_classes:
+            known = ", ".join(self._limits.slo_classes)
+            raise InvalidRequest(f"slo_class must be one of {known}; got {slo_class!r}", "slo_class")
 
     def _bad_token_ids(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
         if not params.bad_words:

@@ -44,7 +44,7 @@ class Tracing:
         except ImportError:
             raise _missing() from None
         resource = Resource.create({} if "OTEL_SERVICE_NAME" in os.environ else {"service.name": "jax-engine"})
-        self._provider = TracerProvider(resource=resource)
+        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(_exporter() if exporter is None else exporter))
         self._tracer = self._provider.get_tracer("jax-engine")
         self._extract = TraceContextTextMapPropagator().extract
