@@ -35,7 +35,8 @@ def bind(options: ServerOptions) -> socket.socket:
 
 
 def bind_all(options: ServerOptions, count: int) -> list[socket.socket]:
-    """Takes the port with several sockets, among which the system shares out the connections.
+    """Takes the port with several sockets, among which the system shares out the connections. They listen already:
+    who connects waits until a process accepts.
 
     Raises:
         ConfigError: as for `bind`.
@@ -50,6 +51,8 @@ def bind_all(options: ServerOptions, count: int) -> list[socket.socket]:
         first.close()
         with contextlib.ExitStack() as opened:
             listeners = [opened.enter_context(_bound(found[0], taken, shared=True)) for _ in range(count)]
+            for listener in listeners:
+                listener.listen(_BACKLOG)  # only from now on is the port taken for others
             opened.pop_all()
             return listeners
     except OSError as error:

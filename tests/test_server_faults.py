@@ -210,7 +210,7 @@ async def test_faults_at_two_api_processes_harm_nobody_else():
         async with aiohttp.ClientSession(url) as session:
             before, opened = await canary(session), files()
             for fault, wanted in FAULTS.items():
-                if fault in (no_text, no_text_in_a_stream, no_tokens):
+                if fault in (no_text, no_text_in_a_stream, no_tokens, huge_header):  # the last resets its connection
                     continue
                 async with aiohttp.ClientSession(url) as other:  # a connection of its own, to either process
                     status, text = await fault(other)
