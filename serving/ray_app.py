@@ -58,7 +58,16 @@ _UPSCALE_DELAY_S = 10.0
 #: Requests that the front may have in hand beside those it has places for: to refuse them.
 _REFUSALS = 64
 #: Of ServerOptions: what Ray Serve's own configuration says.
-_RAYS = ("host", "port", "api_processes", "tls_cert_file", "tls_key_file", "max_connections", "max_header_kib", "idle_timeout_s")
+_RAYS = (
+    "host",
+    "port",
+    "api_processes",
+    "tls_cert_file",
+    "tls_key_file",
+    "max_connections",
+    "max_header_kib",
+    "idle_timeout_s",
+)
 #: Addresses that tell of one engine, and would tell of any here.
 _OF_ONE_ENGINE = ("/metrics", "/load", "/debug/", "/admin/")
 #: Headers of a hop, not of the request.
