@@ -7,7 +7,7 @@ back, never keeps state, and never looks at a row's slot or neighbours: randomne
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
@@ -38,7 +38,8 @@ class SamplingInputs:
         presence_penalty, frequency_penalty: 0 for off. repetition_penalty: 1 for off.
         seed: the two words of the sequence's random key. position: where in the sequence the sampled token will stand.
         prompt_len: number of prompt tokens.
-        history: token ids by position, valid below `position`: the prompt, then the output.
+        token_ids, page_table, page_size: where each row's token ids stand, the prompt, then the output: that of position
+            p at page_table[row, p // page_size] * page_size + p % page_size; valid below `position`.
         adjust_ids, adjust_values, adjust_until: `value` is added to the logit of `id` while position < `until`; an id
             below 0 is unused. Serves logit_bias (until: the largest int32) and min_tokens (value: -inf).
         bans, mask: see constraints.Constraints.
@@ -55,13 +56,20 @@ class SamplingInputs:
     seed: UInt32[Array, "B 2"]
     position: Int32[Array, "B"]
     prompt_len: Int32[Array, "B"]
-    history: Int32[Array, "B S"]
+    token_ids: Int32[Array, " places"]
+    page_table: Int32[Array, "B P"]
     adjust_ids: Int32[Array, "B A"]
     adjust_values: Float[Array, "B A"]
     adjust_until: Int32[Array, "B A"]
     bans: Int32[Array, "B W L"]
     mask: Int32[Array, "B M"]
     features: Int32[Array, ""]
+    page_size: int = field(metadata={"static": True})
+
+    def history(self) -> Int32[Array, "B S"]:
+        """Token ids by position. Large, so only those ask who need it."""
+        places = self.page_table[:, :, None] * self.page_size + jnp.arange(self.page_size, dtype=jnp.int32)
+        return self.token_ids[places.reshape(places.shape[0], -1)]
 
 
 class SamplerOutput(NamedTuple):
@@ -97,21 +105,22 @@ def sample(logits: Float[Array, "B V"], inputs: SamplingInputs) -> SamplerOutput
     Args:
         logits: float32. Minus infinity forbids a token.
     """
-    shape = jax.eval_shape(_sample, logits, inputs)
-    return jax.lax.cond(
-        _has(inputs)(Feature.DEFERRED),
-        lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape),
-        lambda: _sample(logits, inputs),
-    )
-
-
-def _sample(logits, inputs):
     has = _has(inputs)
-    changed = has(Feature.RANDOM | Feature.PENALTIES | Feature.ADJUST | Feature.BANS | Feature.MASK)
-    tokens = jax.lax.cond(changed, lambda: _choose(logits, inputs), lambda: _argmax(logits))
+    deferred, changed = has(Feature.DEFERRED), has(_CHANGES)
+    # One switch and no condition that hands the logits through: on a GPU that would copy them.
+    path = jnp.where(deferred, 3, jnp.where(changed, 2, jnp.where(has(Feature.RANDOM), 1, 0)))
+    tokens = jax.lax.switch(
+        path,
+        [
+            lambda: _argmax(logits),
+            lambda: _choose(logits, inputs),
+            lambda: _choose(_change(logits, inputs), inputs),
+            lambda: jnp.zeros(logits.shape[0], jnp.int32),
+        ],
+    )
     shape = jax.eval_shape(_logprobs, logits, tokens)
     parts = jax.lax.cond(
-        has(Feature.LOGPROBS),
+        has(Feature.LOGPROBS) & ~deferred,
         lambda: _logprobs(logits, tokens),
         lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape),
     )
@@ -170,39 +179,60 @@ def _has(inputs):
 
 
 def _argmax(logits):
-    """Index of each row's first largest logit; -1 for a row with NaN, -2 for one of minus infinities.
+    """Index of each row's first largest logit; -1 for a row with NaN, -2 for one of minus infinities."""
+    return _top(logits)[1]
 
-    Two plain passes: XLA's own argmax is several times slower on CPU.
-    """
-    top = logits.max(axis=-1, keepdims=True)
+
+def _top(logits):
+    """Each row's largest logit [B, 1], and its index as `_argmax` has it."""
+    # XLA's own argmax is one pass, but several times slower than two plain ones on a CPU.
+    value, first = jax.lax.platform_dependent(logits, cpu=_top_in_two_passes, default=_top_in_one_pass)
+    first = jnp.where(value[:, 0] == -jnp.inf, -2, first)
+    return value, jnp.where(jnp.isnan(value[:, 0]), -1, first)
+
+
+def _top_in_two_passes(logits):
+    value = logits.max(axis=-1, keepdims=True)
     ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-    first = jnp.where(logits == top, ids, logits.shape[1]).min(axis=-1)
-    first = jnp.where(top[:, 0] == -jnp.inf, -2, first)
-    return jnp.where(jnp.isnan(top[:, 0]), -1, first)
+    return value, jnp.where(logits == value, ids, logits.shape[1]).min(axis=-1)
+
+
+def _top_in_one_pass(logits):
+    first = jax.lax.argmax(logits, 1, jnp.int32)
+    return jnp.take_along_axis(logits, first[:, None], axis=1), first
 
 
 def _choose(logits, inputs):
-    """Tokens of rows any of which has penalties, adjustments or a temperature."""
-    has = _has(inputs)
-    adjusted = jax.lax.cond(has(Feature.PENALTIES), lambda: _penalize(logits, inputs), lambda: logits)
-    adjusted = jax.lax.cond(has(Feature.ADJUST), lambda: _adjust(adjusted, inputs), lambda: adjusted)
-    adjusted = jax.lax.cond(has(Feature.BANS), lambda: _ban(adjusted, inputs), lambda: adjusted)
-    adjusted = jax.lax.cond(has(Feature.MASK), lambda: _mask(adjusted, inputs), lambda: adjusted)
-    likeliest = _argmax(adjusted)
-    drawn = jax.lax.cond(has(Feature.RANDOM), lambda: _draw(adjusted, inputs), lambda: likeliest)
+    """Tokens of rows any of which may have a temperature."""
+    top, likeliest = _top(logits)
+    drawn = jax.lax.cond(_has(inputs)(Feature.RANDOM), lambda: _draw(logits, top, inputs), lambda: likeliest)
     greedy = (inputs.temperature < GREEDY_TEMPERATURE) | (likeliest < 0)
     return jnp.where(greedy, likeliest, drawn)
+
+
+#: What makes other logits of the model's.
+_CHANGES = Feature.PENALTIES | Feature.ADJUST | Feature.BANS | Feature.MASK
+
+
+def _change(logits, inputs):
+    """Logits after penalties, adjustments, bans and mask, as far as any row has them."""
+    has = _has(inputs)
+    logits = jax.lax.cond(has(Feature.PENALTIES), lambda: _penalize(logits, inputs), lambda: logits)
+    adjusted = jax.lax.cond(has(Feature.ADJUST), lambda: _adjust(logits, inputs), lambda: logits)
+    allowed = jax.lax.cond(has(Feature.BANS), lambda: _ban(adjusted, inputs), lambda: adjusted)
+    return jax.lax.cond(has(Feature.MASK), lambda: _mask(allowed, inputs), lambda: allowed)
 
 
 def _penalize(logits, inputs):
     """Logits after the three penalties."""
     batch, vocab_size = logits.shape
-    at = jnp.arange(inputs.history.shape[1], dtype=jnp.int32)
-    known = (at < inputs.position[:, None]) & (inputs.history >= 0)
+    history = inputs.history()
+    at = jnp.arange(history.shape[1], dtype=jnp.int32)
+    known = (at < inputs.position[:, None]) & (history >= 0)
     output = known & (at >= inputs.prompt_len[:, None])
 
     def count(which):
-        ids = jnp.where(which, inputs.history, vocab_size)
+        ids = jnp.where(which, history, vocab_size)
         return _scatter("add", jnp.zeros((batch, vocab_size), jnp.int32), ids, jnp.ones_like(ids))
 
     counts = count(output)
@@ -244,7 +274,7 @@ def _ban(logits, inputs):
     """Logits without the tokens that would complete one of a row's bans."""
     before, last = inputs.bans[:, :, :-1], inputs.bans[:, :, -1]
     at = inputs.position[:, None] - before.shape[2] + jnp.arange(before.shape[2], dtype=jnp.int32)
-    tail = jnp.take_along_axis(inputs.history, jnp.maximum(at, 0), axis=1)
+    tail = jnp.take_along_axis(inputs.history(), jnp.maximum(at, 0), axis=1)
     tail = jnp.where(at >= inputs.prompt_len[:, None], tail, -2)  # only the output counts
     completes = ((before == tail[:, None]) | (before < 0)).all(axis=-1) & (last >= 0)
     return _scatter("set", logits, jnp.where(completes, last, logits.shape[1]), jnp.full(last.shape, -jnp.inf))
@@ -256,9 +286,8 @@ def _mask(logits, inputs):
     return jnp.where(bits.reshape(logits.shape[0], -1)[:, : logits.shape[1]] == 1, logits, -jnp.inf)
 
 
-def _draw(logits, inputs):
-    """A random token per row, in proportion to the weights that truncation leaves."""
-    top = logits.max(axis=-1, keepdims=True)
+def _draw(logits, top, inputs):
+    """A random token per row, in proportion to the weights that truncation leaves; top [B, 1] is the largest logit."""
     temperature = jnp.maximum(inputs.temperature, GREEDY_TEMPERATURE)[:, None]
     weights = jnp.exp(jnp.where(logits == top, 0, (logits - top) / temperature))
     least = jax.lax.cond(
@@ -306,10 +335,18 @@ def _least_weight(weights, inputs):
     Args:
         weights: [B, V] float32 in [0, 1], the largest of a row exactly 1.
 
-    No sort: the threshold is bisected on its bits. One loop serves all rows and both truncations; each pass over the
-    vocabulary gives every row one sum, of ones in the top_k stage and of weights in the top_p stage. Float32 sums of
-    ones are exact up to 2 ** 24 tokens; a fixed order of summation makes the sums of weights monotone.
+    No sort: the threshold is searched by its bits. One loop serves all rows and both truncations; each pass over the
+    vocabulary gives every row sums over several bounds, of ones in the top_k stage and of weights in the top_p stage.
+    Float32 sums of ones are exact up to 2 ** 24 tokens; a fixed order of summation makes the sums of weights monotone.
     """
+    # Where a pass is bound by memory, more bounds cost nothing: 11 passes instead of 31 for each truncation.
+    search = functools.partial(_search, inputs=inputs)
+    two, eight = functools.partial(search, ways=2), functools.partial(search, ways=8)
+    return jax.lax.platform_dependent(weights, cpu=two, default=eight)
+
+
+def _search(weights, inputs, ways):
+    """The same; each pass leaves one of `ways` parts of a row's bracket."""
     vocab_size = weights.shape[1]
     active = (inputs.temperature >= GREEDY_TEMPERATURE) & ~jnp.isnan(weights.max(axis=-1))
     by_count = active & (inputs.top_k > 0) & (inputs.top_k < vocab_size)
@@ -324,33 +361,45 @@ def _least_weight(weights, inputs):
     start = _Search(stage, low, jnp.full_like(floor, _ONE), inputs.top_k.astype(jnp.float32))
     found = jax.lax.while_loop(
         lambda search: (search.stage != _DONE).any(),
-        lambda search: _one_pass(search, weights, inputs.top_p, after_count),
+        lambda search: _one_pass(search, weights, inputs.top_p, after_count, ways),
         start,
     )
     return jax.lax.bitcast_convert_type(found.low, jnp.float32)
 
 
-def _one_pass(search, weights, top_p, after_count):
-    """The search after one sum over each row's weights."""
+def _one_pass(search, weights, top_p, after_count, ways):
+    """The search after one pass over each row's weights."""
     stage, low, high, target = search
-    bisecting = (stage == _TOP_K) | (stage == _TOP_P)
-    middle = jnp.where(bisecting, high - (high - low) // 2, low)  # rounded up
-    bound = jax.lax.bitcast_convert_type(middle, jnp.float32)[:, None]
-    is_count = (stage == _TOP_K)[:, None]
-    total = jnp.where(weights >= bound, jnp.where(is_count, 1.0, weights), 0.0).sum(axis=-1)
-    reached = total >= target
-    low = jnp.where(bisecting & reached, middle, low)
-    high = jnp.where(bisecting & ~reached, middle - 1, high)
+    searching = (stage == _TOP_K) | (stage == _TOP_P)
+    part = jnp.where(searching, -((low - high) // ways), 0)  # rounded up
+    bounds = [jnp.minimum(low + part * number, high) for number in range(1, ways)]  # a row that sums has them all at low
+    bounds = [jnp.where(searching, bound, low) for bound in bounds]
+    totals = _totals(weights, bounds, stage == _TOP_K)
+    last_low, last_high, last_total = low, high, jnp.full_like(target, jnp.inf)
+    for bound, total in zip(reversed(bounds), reversed(totals), strict=True):
+        # From the highest bound down: the first that is reached is the new low, the one above it ends the bracket.
+        reached, settled = total >= target, last_low > low
+        last_high = jnp.where(searching & ~reached & ~settled, bound - 1, last_high)
+        last_low = jnp.where(searching & reached & ~settled, bound, last_low)
+        last_total = jnp.where(searching & reached & ~settled, total, last_total)
+    low, high = last_low, last_high
     # A count that is met exactly settles top_k, wherever between two weights the bound lies.
-    counted = (stage == _TOP_K) & ((low == high) | (total == target))
+    counted = (stage == _TOP_K) & ((low == high) | (last_total == target))
     summed, found = stage == _MASS, (stage == _TOP_P) & (low == high)
     next_stage, next_low = after_count(low)
     return _Search(
         stage=jnp.where(counted, next_stage, jnp.where(summed, _TOP_P, jnp.where(found, _DONE, stage))),
         low=jnp.where(counted, next_low, low),
         high=jnp.where(counted, _ONE, high),
-        target=jnp.where(summed, top_p * total, target),
+        target=jnp.where(summed, top_p * totals[0], target),
     )
+
+
+def _totals(weights, bounds, is_count):
+    """[B] for each of bounds [B]: how many of a row's weights reach it, or their sum, in one pass over the weights."""
+    values = jnp.where(is_count[:, None], 1.0, weights)
+    reals = [jax.lax.bitcast_convert_type(bound, jnp.float32)[:, None] for bound in bounds]
+    return [jnp.where(weights >= real, values, 0.0).sum(axis=-1) for real in reals]
 
 
 def _logprobs(logits, tokens):

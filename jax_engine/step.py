@@ -157,7 +157,6 @@ def _sampling_inputs(
     constraints: Constraints,
 ) -> SamplingInputs:
     query_starts = parts["query_starts"]
-    places = parts["page_table"][:, :, None] * page_size + jnp.arange(page_size)
     settings = parts["settings"]
     ints = dict(zip(INT_FIELDS, settings, strict=False))
     bits = settings[len(INT_FIELDS) :]
@@ -170,7 +169,9 @@ def _sampling_inputs(
         **ints,
         seed=jax.lax.bitcast_convert_type(seed, jnp.uint32),
         position=parts["starts"] + query_starts[1:] - query_starts[:-1],
-        history=token_ids[places.reshape(places.shape[0], -1)],
+        token_ids=token_ids,
+        page_table=parts["page_table"],
+        page_size=page_size,
         adjust_ids=adjustments.ids,
         adjust_values=adjustments.values,
         adjust_until=adjustments.until,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jax_engine import sampler
-from jax_engine.sampler import Feature, SamplingInputs, _least_weight, prompt_logprobs, sample
+from jax_engine.sampler import Feature, SamplingInputs, _search, prompt_logprobs, sample
 
 V, S, A, B = 61, 24, 6, 6
 ALL = ~Feature.DEFERRED
@@ -18,7 +18,9 @@ run = jax.jit(sample)
 
 def make_inputs(features, batch=B, **fields) -> SamplingInputs:
     """Neutral inputs of `batch` rows; a field may be one value for all rows or an array."""
-    shapes = {"seed": (2,), "history": (S,), "adjust_ids": (A,), "adjust_values": (A,), "adjust_until": (A,)}
+    history = np.broadcast_to(fields.pop("history", 0), (batch, S))
+    fields |= {"page_table": np.arange(batch)[:, None]}
+    shapes = {"seed": (2,), "page_table": (1,), "adjust_ids": (A,), "adjust_values": (A,), "adjust_until": (A,)}
     shapes |= {"bans": (3, 4), "mask": (-(-V // 32),)}
     neutral = {
         "bans": -1,
@@ -31,13 +33,15 @@ def make_inputs(features, batch=B, **fields) -> SamplingInputs:
     }
     made = {}
     for field in dataclasses.fields(SamplingInputs):
+        if field.name in ("token_ids", "page_size"):
+            continue
         kind = field.type.__name__.split("[")[0]
         dtype = {"Float": np.float32, "UInt32": np.uint32, "Int32": np.int32}[kind]
         shape = () if field.name == "features" else (batch, *shapes.get(field.name, ()))
         value = features if field.name == "features" else fields.pop(field.name, neutral.get(field.name, 0))
         made[field.name] = jnp.asarray(np.broadcast_to(np.asarray(value).astype(dtype), shape))
     assert not fields
-    return SamplingInputs(**made)
+    return SamplingInputs(**made, token_ids=jnp.asarray(history.reshape(-1), jnp.int32), page_size=S)
 
 
 def draw_logits(seed=0, batch=B, scale=3.0):
@@ -190,33 +194,35 @@ def test_truncation_keeps_exactly_the_defined_set(seed):
     assert set(common) <= set(draws) <= set(np.flatnonzero(keep))
 
 
-def kept(logits, **fields):
+def kept(logits, ways, **fields):
     """The kept sets of rows of logits, from the threshold itself."""
     inputs = make_inputs(0, len(logits), **fields)
     weights = jnp.exp((logits - logits.max(axis=1, keepdims=True)) / inputs.temperature[:, None])
-    return np.asarray(weights >= jax.jit(_least_weight)(weights, inputs)[:, None])
+    return np.asarray(weights >= jax.jit(_search, static_argnums=2)(weights, inputs, ways)[:, None])
 
 
-def test_thresholds_equal_those_of_sorting():
+@pytest.mark.parametrize("ways", [2, 8])  # of a CPU, and of the others
+def test_thresholds_equal_those_of_sorting(ways):
     rng, batch = np.random.default_rng(5), 300
     logits = (rng.standard_normal((batch, V)) * rng.uniform(0.1, 8, (batch, 1))).astype(np.float32)
     top_k = rng.choice([0, 1, 2, 5, 40, V - 1, V, 99], batch)
     top_p = np.where(rng.random(batch) < 0.3, 1, rng.uniform(0.01, 0.999, batch)).astype(np.float32)
     min_p = np.where(rng.random(batch) < 0.5, 0, rng.uniform(0, 1, batch)).astype(np.float32)
     temperature = rng.uniform(0.3, 3, batch).astype(np.float32)
-    mine = kept(logits, top_k=top_k, top_p=top_p, min_p=min_p, temperature=temperature)
+    mine = kept(logits, ways, top_k=top_k, top_p=top_p, min_p=min_p, temperature=temperature)
     for row in range(batch):
         wanted, _ = support(logits[row], temperature[row], top_k[row], top_p[row], min_p[row])
         np.testing.assert_array_equal(mine[row], wanted, err_msg=f"row {row}")
 
 
-def test_ties_at_a_threshold_are_kept_together():
+@pytest.mark.parametrize("ways", [2, 8])
+def test_ties_at_a_threshold_are_kept_together(ways):
     logits = np.array([[3, 2, 2, 2, 1, 0, -np.inf] + [-5] * (V - 7)], np.float32)
-    assert kept(logits, temperature=1, top_k=2)[0].nonzero()[0].tolist() == [0, 1, 2, 3]
-    assert kept(logits, temperature=1, top_k=4)[0].nonzero()[0].tolist() == [0, 1, 2, 3]
-    assert kept(logits, temperature=1, top_p=0.6)[0].nonzero()[0].tolist() == [0, 1, 2, 3]
-    assert kept(logits, temperature=1, min_p=1.0)[0].nonzero()[0].tolist() == [0]
-    assert kept(np.zeros((1, V), np.float32), temperature=1, top_k=1, top_p=0.1).all()
+    assert kept(logits, ways, temperature=1, top_k=2)[0].nonzero()[0].tolist() == [0, 1, 2, 3]
+    assert kept(logits, ways, temperature=1, top_k=4)[0].nonzero()[0].tolist() == [0, 1, 2, 3]
+    assert kept(logits, ways, temperature=1, top_p=0.6)[0].nonzero()[0].tolist() == [0, 1, 2, 3]
+    assert kept(logits, ways, temperature=1, min_p=1.0)[0].nonzero()[0].tolist() == [0]
+    assert kept(np.zeros((1, V), np.float32), ways, temperature=1, top_k=1, top_p=0.1).all()
 
 
 def test_a_forbidden_token_is_never_drawn():
