@@ -1,0 +1,209 @@
+"""Single decode steps of a model with dummy weights on a GPU or TPU: milliseconds on the device and on the host.
+
+    python -m benchmarks.steps --rows=1,32,256 --context=768 --out=benchmarks/results/h100_steps.json
+
+Neither scheduler nor engine takes part: the same batch is dispatched over and over, its tokens fed back on the device,
+results read one step late, as the engine does. The floor is the weights' and keys' bytes at the speed of a device copy.
+With --trace, some steps are run under the profiler, and every kernel's time is listed.
+"""
+
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags as absl_flags
+
+from benchmarks import program, report
+from checkpoints.loader import dummy
+from jax_engine.batch import FLOAT_FIELDS, INT_FIELDS, BatchLayout, no_adjustments
+from jax_engine.buckets import Bucket
+from jax_engine.config import EngineConfig, resolve
+from jax_engine.constraints import unconstrained
+from jax_engine.features import Feature
+from jax_engine.models import read_config
+from jax_engine.models.shapes import NAMED_SHAPES
+from jax_engine.program import ModelProgram, nested
+from jax_engine.xla_flags import set_xla_flags
+
+#: Of one H100 80GB, as measured: bytes per second of a device copy, read and written together.
+COPY_BYTES = 2.96e12
+MS = 1e3
+#: Name -> temperature, top-p, features of the batch.
+SAMPLING = {
+    "greedy": (0.0, 1.0, Feature.NONE),
+    "random": (1.0, 1.0, Feature.RANDOM),
+    "top_p": (1.0, 0.9, Feature.RANDOM | Feature.TRUNCATE),
+}
+
+
+class Stepper:
+    """A model on the device, and steps of it at one context length.
+
+    Args:
+        shape: name in models.shapes.NAMED_SHAPES. max_rows: most sequences of a step. context: keys of each.
+    """
+
+    def __init__(self, shape: str, max_rows: int, context: int):
+        set_xla_flags()
+        device = jax.devices()[0]
+        model = read_config(NAMED_SHAPES[shape])
+        self.context = context
+        limits = resolve(EngineConfig(), model, platform=device.platform, num_pages=1)
+        self.pages = -(-context // limits.page_size)
+        num_pages = max(self.pages * max_rows, limits.max_pages_per_seq)
+        self.limits = resolve(EngineConfig(), model, platform=device.platform, num_pages=num_pages)
+        self.program = ModelProgram(model.served(self.limits.max_model_len, False), "bfloat16", [device])
+        arrays = dummy(self.program.wanted, 0)
+        unread = "embed.weight" if "lm_head.weight" in arrays else None
+        self.read_bytes = sum(array.nbytes for name, array in arrays.items() if name != unread)
+        self.weights = nested(arrays)
+        shapes = self.program.cache_shapes(self.limits)
+        self.cache = jax.jit(lambda: jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), shapes))()
+
+    def compile(self, rows: int) -> tuple[BatchLayout, Any, dict[str, float]]:
+        """The decode step of so many rows, and the seconds it took to make."""
+        start = time.perf_counter()
+        layout, lowered = self.program.lower(Bucket(rows, rows, True), self.limits)
+        middle = time.perf_counter()
+        compiled = lowered.compile()
+        return layout, compiled, {"lower_s": middle - start, "compile_s": time.perf_counter() - middle}
+
+    def packed(self, layout: BatchLayout, sampling: str) -> np.ndarray:
+        """A step of full rows, each with one new token that the step before it sampled."""
+        rows = layout.bucket.num_seqs
+        temperature, top_p, features = SAMPLING[sampling]
+        packed = np.zeros(layout.size, np.int32)
+        parts = layout.unpack(packed)
+        parts["token_ids"][:] = -1 - np.arange(rows)
+        parts["query_starts"][:] = np.arange(rows + 1)
+        parts["starts"][:] = self.context - 1
+        parts["slots"][:] = np.arange(rows)
+        order = np.random.default_rng(0).permutation(self.limits.num_pages)[: rows * self.pages]
+        parts["page_table"][:, : self.pages] = order.reshape(rows, self.pages)
+        parts["stop_ids"][:] = -1
+        parts["settings"][INT_FIELDS.index("seed_low")] = np.arange(rows)
+        floats = dict.fromkeys(FLOAT_FIELDS, 0.0) | {"temperature": temperature, "top_p": top_p}
+        floats["repetition_penalty"] = 1.0
+        values = np.array(list(floats.values()), np.float32).view(np.int32)
+        parts["settings"][len(INT_FIELDS) :] = values[:, None]
+        parts["scalars"][:] = rows, int(features)
+        return packed
+
+    def run(self, layout: BatchLayout, compiled: Any, packed: np.ndarray, count: int) -> dict[str, Any]:
+        """Runs `count` steps, two in flight at most. Milliseconds of a step, and of its dispatch, upload included."""
+        rows = layout.bucket.num_seqs
+        rest = jax.device_put(
+            (no_adjustments(rows), np.full(rows, -1, np.int32), unconstrained(rows, self.program.model_config.vocab_size))
+        )
+        adjustments, targets, constraints = rest
+        pending: list[Any] = []
+        uploads, dispatches = [], []
+        start = time.perf_counter()
+        for _ in range(count):
+            began = time.perf_counter()
+            uploaded = jax.device_put(packed)
+            uploads.append(time.perf_counter() - began)
+            self.cache, output = compiled(self.weights, self.cache, uploaded, adjustments, targets, constraints)
+            output.sampled.tokens.copy_to_host_async()
+            dispatches.append(time.perf_counter() - began)
+            pending.append(output.sampled.tokens)
+            del output
+            if len(pending) == 2:
+                jax.device_get(pending.pop(0))
+        jax.device_get(pending)
+        wall = time.perf_counter() - start
+        return {
+            "step_ms": wall / count * MS,
+            "upload_ms": report.percentiles(seconds * MS for seconds in uploads),
+            "dispatch_ms": report.percentiles(seconds * MS for seconds in dispatches),
+        }
+
+    def floor_ms(self, rows: int) -> float:
+        """What a step has to read, at the speed of a copy."""
+        page = self.program.page_bytes(self.limits.page_size) / self.limits.page_size
+        return (self.read_bytes + rows * self.context * page) / COPY_BYTES * MS
+
+
+def kernels(folder: str) -> Iterator[tuple[str, str, int, float]]:
+    """(plane, name, count, microseconds) of what a trace's devices ran, and of the host's longest events."""
+    for file in Path(folder).rglob("*.xplane.pb"):
+        for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+            counts: Counter[str] = Counter()
+            total: Counter[str] = Counter()
+            for line in plane.lines:
+                if "device" in plane.name and "Stream" not in line.name:
+                    continue
+                for event in line.events:
+                    counts[event.name] += 1
+                    total[event.name] += event.duration_ns / 1e3
+            for name, microseconds in total.most_common(80):
+                yield plane.name, name, counts[name], microseconds
+
+
+def trace(stepper: Stepper, layout: BatchLayout, compiled: Any, packed: np.ndarray, out: Path, count: int = 4) -> None:
+    """Writes a table of the kernels of `count` steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0
+        with jax.profiler.trace(folder, profiler_options=options):
+            stepper.run(layout, compiled, packed, count)
+        rows = [
+            [plane.removeprefix("/"), f"{total / count:.1f}", f"{times / count:g}", name[:90]]
+            for plane, name, times, total in kernels(folder)
+        ]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(report.table([["plane", "us/step", "calls/step", "name"], *rows]) + "\n")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the benchmark; argv[0] is the program's name. Returns the exit status.
+
+    Raises:
+        UsageError: the command line is wrong.
+    """
+    values = absl_flags.FlagValues()
+    here = {"flag_values": values, "module_name": "steps"}
+    absl_flags.DEFINE_string("model", "llama-3.1-8b", "A named shape.", **here)
+    absl_flags.DEFINE_list("rows", ["1", "32", "256"], "Sequences of the step, in turn.", **here)
+    absl_flags.DEFINE_integer("context", 768, "Keys of every sequence.", lower_bound=1, **here)
+    absl_flags.DEFINE_list("sampling", ["greedy"], f"In turn: {', '.join(SAMPLING)}.", **here)
+    absl_flags.DEFINE_integer("steps", 60, "Timed steps of each.", lower_bound=1, **here)
+    absl_flags.DEFINE_string("trace", None, "Folder for tables of kernels.", **here)
+    absl_flags.DEFINE_string("out", None, "Results file to write (JSON).", **here)
+    if not program.parse(values, "benchmarks.steps", __doc__, argv[1:]):
+        return 0
+    sizes = [int(size) for size in values["rows"].value]
+    stepper = Stepper(values["model"].value, max(sizes), values["context"].value)
+    found = []
+    for rows in sizes:
+        layout, compiled, seconds = stepper.compile(rows)
+        for sampling in values["sampling"].value:
+            packed = stepper.packed(layout, sampling)
+            stepper.run(layout, compiled, packed, 5)
+            figures = stepper.run(layout, compiled, packed, values["steps"].value)
+            floor = stepper.floor_ms(rows)
+            found.append({"rows": rows, "sampling": sampling, "floor_ms": floor, **seconds, **figures})
+            print(found[-1], flush=True)
+            if values["trace"].value:
+                trace(stepper, layout, compiled, packed, Path(values["trace"].value) / f"{rows}_{sampling}.txt")
+    cells = [
+        [f"{f['rows']} {f['sampling']}", f"{f['step_ms']:.2f}", f"{f['floor_ms']:.2f}", f"{f['dispatch_ms']['p50']:.2f}"]
+        for f in found
+    ]
+    print(report.table([["rows", "step ms", "floor ms", "dispatch p50 ms"], *cells]))
+    if values["out"].value:
+        fields = {"model": values["model"].value, "context": stepper.context, "rows": found}
+        flags = os.environ.get("XLA_FLAGS", "")
+        document = report.document("benchmarks.steps", argv, device=report.jax_device(), xla_flags=flags, **fields)
+        report.write(values["out"].value, document)
+    return 0
+
+
+if __name__ == "__main__":
+    program.run(main)
