@@ -16,6 +16,7 @@ from jax.extend.random import threefry_2x32
 from jaxtyping import Array, Float, Int32, UInt32
 
 from jax_engine.features import Feature
+from jax_engine.truncation import least_weight
 
 #: Most tokens reported beside the chosen one.
 NUM_TOP_LOGPROBS = 20
@@ -23,8 +24,6 @@ NUM_TOP_LOGPROBS = 20
 GREEDY_TEMPERATURE = 1e-5
 #: Rows of logits that prompt_logprobs holds at a time.
 PROMPT_BLOCK = 64
-
-_ONE = 0x3F800000  # the bits of 1.0f
 
 
 @jax.tree_util.register_dataclass
@@ -38,8 +37,8 @@ class SamplingInputs:
         presence_penalty, frequency_penalty: 0 for off. repetition_penalty: 1 for off.
         seed: the two words of the sequence's random key. position: where in the sequence the sampled token will stand.
         prompt_len: number of prompt tokens.
-        token_ids, page_table, page_size: where each row's token ids stand, the prompt, then the output: that of position
-            p at page_table[row, p // page_size] * page_size + p % page_size; valid below `position`.
+        token_ids, page_table, page_size: where each row's token ids stand, the prompt, then the output: that of
+            position p at page_table[row, p // page_size] * page_size + p % page_size; valid below `position`.
         adjust_ids, adjust_values, adjust_until: `value` is added to the logit of `id` while position < `until`; an id
             below 0 is unused. Serves logit_bias (until: the largest int32) and min_tokens (value: -inf).
         bans, mask: see constraints.Constraints.
@@ -290,9 +289,10 @@ def _draw(logits, top, inputs):
     """A random token per row, in proportion to the weights that truncation leaves; top [B, 1] is the largest logit."""
     temperature = jnp.maximum(inputs.temperature, GREEDY_TEMPERATURE)[:, None]
     weights = jnp.exp(jnp.where(logits == top, 0, (logits - top) / temperature))
+    active = inputs.temperature >= GREEDY_TEMPERATURE
     least = jax.lax.cond(
         _has(inputs)(Feature.TRUNCATE),
-        lambda: _least_weight(weights, inputs),
+        lambda: least_weight(weights, active, inputs.min_p, inputs.top_k, inputs.top_p),
         lambda: jnp.zeros(logits.shape[0], jnp.float32),
     )
     race = weights / _exponentials(inputs.seed, inputs.position, logits.shape[1])
@@ -312,94 +312,6 @@ def _exponentials(seed, position, vocab_size):
 
     uniform = (jax.vmap(one)(seed, position).astype(jnp.float32) + 0.5) * 2.0**-32
     return -jnp.log1p(-jnp.minimum(uniform, 1 - 2.0**-24))
-
-
-class _Search(NamedTuple):
-    """Per row: the stage, the half-closed bracket of the threshold's bits, and the sum that stage has to reach.
-
-    The bits of a non-negative float32, read as an integer, are in the order of the floats.
-    """
-
-    stage: jax.Array
-    low: jax.Array
-    high: jax.Array
-    target: jax.Array
-
-
-_TOP_K, _MASS, _TOP_P, _DONE = range(4)
-
-
-def _least_weight(weights, inputs):
-    """[B] float32: the smallest weight each row keeps after min_p, top_k and top_p.
-
-    Args:
-        weights: [B, V] float32 in [0, 1], the largest of a row exactly 1.
-
-    No sort: the threshold is searched by its bits. One loop serves all rows and both truncations; each pass over the
-    vocabulary gives every row sums over several bounds, of ones in the top_k stage and of weights in the top_p stage.
-    Float32 sums of ones are exact up to 2 ** 24 tokens; a fixed order of summation makes the sums of weights monotone.
-    """
-    # Where a pass is bound by memory, more bounds cost nothing: 11 passes instead of 31 for each truncation.
-    search = functools.partial(_search, inputs=inputs)
-    two, eight = functools.partial(search, ways=2), functools.partial(search, ways=8)
-    return jax.lax.platform_dependent(weights, cpu=two, default=eight)
-
-
-def _search(weights, inputs, ways):
-    """The same; each pass leaves one of `ways` parts of a row's bracket."""
-    vocab_size = weights.shape[1]
-    active = (inputs.temperature >= GREEDY_TEMPERATURE) & ~jnp.isnan(weights.max(axis=-1))
-    by_count = active & (inputs.top_k > 0) & (inputs.top_k < vocab_size)
-    by_mass = active & (inputs.top_p < 1)
-    floor = jax.lax.bitcast_convert_type(jnp.clip(inputs.min_p, 0, 1), jnp.int32)
-
-    def after_count(low):
-        return jnp.where(by_mass, _MASS, _DONE), jnp.maximum(low, floor)
-
-    stage, low = after_count(jnp.zeros_like(floor))
-    stage, low = jnp.where(by_count, _TOP_K, stage), jnp.where(by_count, 0, low)
-    start = _Search(stage, low, jnp.full_like(floor, _ONE), inputs.top_k.astype(jnp.float32))
-    found = jax.lax.while_loop(
-        lambda search: (search.stage != _DONE).any(),
-        lambda search: _one_pass(search, weights, inputs.top_p, after_count, ways),
-        start,
-    )
-    return jax.lax.bitcast_convert_type(found.low, jnp.float32)
-
-
-def _one_pass(search, weights, top_p, after_count, ways):
-    """The search after one pass over each row's weights."""
-    stage, low, high, target = search
-    searching = (stage == _TOP_K) | (stage == _TOP_P)
-    part = jnp.where(searching, -((low - high) // ways), 0)  # rounded up
-    bounds = [jnp.minimum(low + part * number, high) for number in range(1, ways)]  # a row that sums has them all at low
-    bounds = [jnp.where(searching, bound, low) for bound in bounds]
-    totals = _totals(weights, bounds, stage == _TOP_K)
-    last_low, last_high, last_total = low, high, jnp.full_like(target, jnp.inf)
-    for bound, total in zip(reversed(bounds), reversed(totals), strict=True):
-        # From the highest bound down: the first that is reached is the new low, the one above it ends the bracket.
-        reached, settled = total >= target, last_low > low
-        last_high = jnp.where(searching & ~reached & ~settled, bound - 1, last_high)
-        last_low = jnp.where(searching & reached & ~settled, bound, last_low)
-        last_total = jnp.where(searching & reached & ~settled, total, last_total)
-    low, high = last_low, last_high
-    # A count that is met exactly settles top_k, wherever between two weights the bound lies.
-    counted = (stage == _TOP_K) & ((low == high) | (last_total == target))
-    summed, found = stage == _MASS, (stage == _TOP_P) & (low == high)
-    next_stage, next_low = after_count(low)
-    return _Search(
-        stage=jnp.where(counted, next_stage, jnp.where(summed, _TOP_P, jnp.where(found, _DONE, stage))),
-        low=jnp.where(counted, next_low, low),
-        high=jnp.where(counted, _ONE, high),
-        target=jnp.where(summed, top_p * totals[0], target),
-    )
-
-
-def _totals(weights, bounds, is_count):
-    """[B] for each of bounds [B]: how many of a row's weights reach it, or their sum, in one pass over the weights."""
-    values = jnp.where(is_count[:, None], 1.0, weights)
-    reals = [jax.lax.bitcast_convert_type(bound, jnp.float32)[:, None] for bound in bounds]
-    return [jnp.where(weights >= real, values, 0.0).sum(axis=-1) for real in reals]
 
 
 def _logprobs(logits, tokens):

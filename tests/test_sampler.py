@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_engine import sampler
-from jax_engine.sampler import Feature, SamplingInputs, _search, prompt_logprobs, sample
+from jax_engine import sampler, truncation
+from jax_engine.sampler import Feature, SamplingInputs, prompt_logprobs, sample
 
 V, S, A, B = 61, 24, 6, 6
 ALL = ~Feature.DEFERRED
@@ -198,7 +198,10 @@ def kept(logits, ways, **fields):
     """The kept sets of rows of logits, from the threshold itself."""
     inputs = make_inputs(0, len(logits), **fields)
     weights = jnp.exp((logits - logits.max(axis=1, keepdims=True)) / inputs.temperature[:, None])
-    return np.asarray(weights >= jax.jit(_search, static_argnums=2)(weights, inputs, ways)[:, None])
+    by_count = (inputs.top_k > 0) & (inputs.top_k < V)
+    run = jax.jit(truncation.search, static_argnames="ways")
+    least = run(weights, inputs.top_p < 1, by_count, inputs.min_p, inputs.top_k, inputs.top_p, ways=ways)
+    return np.asarray(weights >= least[:, None])
 
 
 @pytest.mark.parametrize("ways", [2, 8])  # of a CPU, and of the others
