@@ -71,7 +71,7 @@ class Stepper:
         start = time.perf_counter()
         layout, lowered = self.program.lower(Bucket(rows, rows, True), self.limits)
         middle = time.perf_counter()
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=self.program.compiler_options)
         return layout, compiled, {"lower_s": middle - start, "compile_s": time.perf_counter() - middle}
 
     def packed(self, layout: BatchLayout, sampling: str) -> np.ndarray:
@@ -99,7 +99,11 @@ class Stepper:
         """Runs `count` steps, two in flight at most. Milliseconds of a step, and of its dispatch, upload included."""
         rows = layout.bucket.num_seqs
         rest = jax.device_put(
-            (no_adjustments(rows), np.full(rows, -1, np.int32), unconstrained(rows, self.program.model_config.vocab_size))
+            (
+                no_adjustments(rows),
+                np.full(rows, -1, np.int32),
+                unconstrained(rows, self.program.model_config.vocab_size),
+            )
         )
         adjustments, targets, constraints = rest
         pending: list[Any] = []
@@ -193,7 +197,12 @@ def main(argv: Sequence[str]) -> int:
             if values["trace"].value:
                 trace(stepper, layout, compiled, packed, Path(values["trace"].value) / f"{rows}_{sampling}.txt")
     cells = [
-        [f"{f['rows']} {f['sampling']}", f"{f['step_ms']:.2f}", f"{f['floor_ms']:.2f}", f"{f['dispatch_ms']['p50']:.2f}"]
+        [
+            f"{f['rows']} {f['sampling']}",
+            f"{f['step_ms']:.2f}",
+            f"{f['floor_ms']:.2f}",
+            f"{f['dispatch_ms']['p50']:.2f}",
+        ]
         for f in found
     ]
     print(report.table([["rows", "step ms", "floor ms", "dispatch p50 ms"], *cells]))

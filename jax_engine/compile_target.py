@@ -139,7 +139,7 @@ def report(program: ModelProgram, bucket: Bucket, limits: Limits) -> tuple[StepR
     """The same, with the compiled step."""
     started = time.perf_counter()
     _, lowered = program.lower(bucket, limits)
-    return _compile(bucket, lowered, time.perf_counter() - started)
+    return _compile(bucket, lowered, time.perf_counter() - started, program.compiler_options)
 
 
 def compile_buckets(program: ModelProgram, limits: Limits) -> Iterator[StepReport]:
@@ -155,16 +155,17 @@ def compile_buckets(program: ModelProgram, limits: Limits) -> Iterator[StepRepor
         yield found
     for num_seqs, sharding in logits.items():
         started = time.perf_counter()
-        _, lowered = program.lower_sampler(num_seqs, limits, sharding)
-        yield _compile(Bucket(0, num_seqs, False), lowered, time.perf_counter() - started)[0]
+        lowered = program.sampler(num_seqs, limits, sharding)[1].lower()
+        seconds = time.perf_counter() - started
+        yield _compile(Bucket(0, num_seqs, False), lowered, seconds, program.compiler_options)[0]
 
 
 def _compile(
-    bucket: Bucket, lowered: jax.stages.Lowered, lower_seconds: float
+    bucket: Bucket, lowered: jax.stages.Lowered, lower_seconds: float, options: dict[str, Any] | None
 ) -> tuple[StepReport, jax.stages.Compiled]:
     started = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         raise DoesNotFit(f"{described(bucket)}: the compiler refuses it: {error}") from None
     compile_seconds = time.perf_counter() - started

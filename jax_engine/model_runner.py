@@ -9,20 +9,20 @@ import functools
 import logging
 import os
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from checkpoints.formats import Checkpoint
 from checkpoints.known_models import default_cache_dir
 from checkpoints.loader import dummy, load
 from jax_engine.batch import Batch, BatchLayout, StepResult, no_adjustments
 from jax_engine.buckets import Bucket, buckets
+from jax_engine.compilation import Program, build
 from jax_engine.config import EngineConfig, Limits, resolve
 from jax_engine.constraints import Constraints, unconstrained
 from jax_engine.costs import measure
@@ -37,6 +37,7 @@ from jax_engine.sampler import SamplerOutput
 from jax_engine.schedule import Schedule
 from jax_engine.sharding import choose_devices
 from jax_engine.step import StepOutput
+from jax_engine.step_store import StepStore
 from jax_engine.xla_flags import set_xla_flags
 
 _log = logging.getLogger(__name__)
@@ -45,8 +46,6 @@ _Compiled = tuple[BatchLayout, jax.stages.Compiled]
 
 #: KV pools on a CPU share its memory with everything else that runs there.
 _MAX_CPU_POOL_BYTES = 4 << 30
-#: Buckets compiled at the same time, on other platforms than CPU.
-_COMPILE_THREADS = 8
 
 
 class StepHandle:
@@ -97,8 +96,10 @@ class ModelRunner:
     """
 
     def __init__(self, config: EngineConfig, checkpoint: Checkpoint):
-        if config.compilation_cache_dir != "":
-            _use_compilation_cache(config.compilation_cache_dir or str(default_cache_dir() / "compiled"))
+        cache_dir = config.compilation_cache_dir
+        folder = default_cache_dir() / "compiled" if cache_dir is None else Path(cache_dir).expanduser()
+        if cache_dir != "":
+            _use_compilation_cache(folder)
         set_xla_flags()
         self.model_config = read_config(checkpoint.config)
         devices = choose_devices(jax.devices(), config.tensor_parallel_size)
@@ -108,6 +109,9 @@ class ModelRunner:
         limits = resolve(config, self.model_config, platform=self.platform, num_pages=config.num_pages or 1)
         self.model_config = self.model_config.served(limits.max_model_len, limits.ring_pages > 0)
         self._program = ModelProgram(self.model_config, config.dtype, devices, by_expert=config.enable_expert_parallel)
+        # XLA:CPU's programs are made for one machine, and loading one made on another is not safe.
+        keeps_steps = cache_dir != "" and self.platform != "cpu" and jax.process_count() == 1
+        self._store = StepStore(folder / "steps", devices) if keeps_steps else None
         self.dtype = self._program.dtype
         self._replicated = self._program.replicated
         wanted = self._program.wanted
@@ -239,7 +243,7 @@ class ModelRunner:
         """Temporary memory of the largest step, as the compiler reports it for a pool of one sequence."""
         small = dataclasses.replace(limits, num_pages=limits.max_pages_per_seq)
         bucket = max(buckets(limits), key=lambda bucket: bucket.num_tokens)
-        analysis = self._compile_bucket(bucket, small)[1].memory_analysis()
+        analysis = self._build({bucket: self._program.step(bucket, small)}, "bucket")[bucket][1].memory_analysis()
         assert analysis is not None, "the compiler reports no memory use"
         return analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
 
@@ -254,34 +258,17 @@ class ModelRunner:
     def _compile(self) -> tuple[dict[Bucket, _Compiled], dict[int, _Compiled]]:
         """The step of each bucket; the sampling of deferred steps for each number of sequences."""
         started = time.monotonic()
-        # Lowering holds the interpreter, compiling does not. XLA:CPU uses most of the cores for one program as it is:
-        # there two at a time gain a tenth, and more nothing.
-        threads = min(2 if self.platform == "cpu" else _COMPILE_THREADS, os.cpu_count() or 1)
-        with (
-            ThreadPoolExecutor(threads) as pool,
-            tqdm(total=len(buckets(self.limits)), desc="compiling buckets", unit="bucket", leave=False) as bar,
-        ):
-
-            def start(layout: BatchLayout, lowered: jax.stages.Lowered) -> tuple[BatchLayout, Future]:
-                return layout, pool.submit(lowered.compile)
-
-            futures = {bucket: start(*self._program.lower(bucket, self.limits)) for bucket in buckets(self.limits)}
-            for _, future in futures.values():
-                future.add_done_callback(lambda _: bar.update())
-            steps = {bucket: (layout, future.result()) for bucket, (layout, future) in futures.items()}
-            # The logits are taken as a step leaves them on the device.
-            logits = {bucket.num_seqs: step.output_shardings[1].logits for bucket, (_, step) in steps.items()}
-            futures = {
-                size: start(*self._program.lower_sampler(size, self.limits, sharding))
-                for size, sharding in logits.items()
-            }
-            samplers = {size: (layout, future.result()) for size, (layout, future) in futures.items()}
+        steps = self._build({b: self._program.step(b, self.limits) for b in buckets(self.limits)}, "bucket")
+        # The logits are taken as a step leaves them on the device.
+        logits = {bucket.num_seqs: step.output_shardings[1].logits for bucket, (_, step) in steps.items()}
+        samplers = {size: self._program.sampler(size, self.limits, sharding) for size, sharding in logits.items()}
+        built = self._build(samplers, "sampler")
         _log.info("compiled %d buckets in %.1f s", len(steps), time.monotonic() - started)
-        return steps, samplers
+        return steps, built
 
-    def _compile_bucket(self, bucket: Bucket, limits: Limits) -> _Compiled:
-        layout, lowered = self._program.lower(bucket, limits)
-        return layout, lowered.compile()
+    def _build[Key](self, programs: dict[Key, tuple[BatchLayout, Program]], unit: str) -> dict[Key, _Compiled]:
+        built = build({key: program for key, (_, program) in programs.items()}, self._store, self.platform, unit)
+        return {key: (layout, built[key]) for key, (layout, _) in programs.items()}
 
 
 def _copy_to_host(arrays: Any) -> None:
@@ -304,7 +291,7 @@ def count_compilations(callback) -> None:
     jax.monitoring.register_event_duration_secs_listener(on_event)
 
 
-def _use_compilation_cache(folder: str) -> None:
-    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
+def _use_compilation_cache(folder: Path) -> None:
+    jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -19,11 +19,13 @@ from checkpoints.formats import Checkpoint
 from checkpoints.weight_map import Wanted
 from jax_engine.batch import Adjustments, BatchLayout, no_adjustments
 from jax_engine.buckets import Bucket
+from jax_engine.compilation import Program
 from jax_engine.config import Limits
 from jax_engine.constraints import unconstrained
 from jax_engine.kv_cache import KVCache, cache_shapes, page_bytes, slot_bytes
 from jax_engine.model_config import ModelConfig
 from jax_engine.models import model_class
+from jax_engine.sampler import SamplerOutput
 from jax_engine.sharding import (
     TENSOR,
     copy_kv_heads,
@@ -34,8 +36,12 @@ from jax_engine.sharding import (
     side_by_side,
     with_kv_copies,
 )
-from jax_engine.step import sample_step, step
+from jax_engine.step import StepOutput, sample_step, step
+from jax_engine.xla_flags import GPU_COMPILER_OPTIONS
 from pallas_kernels.ragged_paged_attention import api as attention_op
+
+#: Of the form of a sampler's results.
+_SAMPLED = SamplerOutput._make(SamplerOutput._fields)
 
 
 class ModelProgram:
@@ -70,6 +76,11 @@ class ModelProgram:
             self.wanted = _with_kv_copies(self.wanted, stored, model_config, self._placed_config)
         self.ignored_tensors = model.IGNORED_TENSORS
         self._tensor_name = model.tensor_name
+
+    @property
+    def compiler_options(self) -> dict[str, Any] | None:
+        """For compiling what `lower` gives."""
+        return GPU_COMPILER_OPTIONS if self.device.platform == "gpu" else None
 
     @property
     def weight_bytes(self) -> int:
@@ -113,39 +124,60 @@ class ModelProgram:
         precision = jax.default_matmul_precision("highest" if self.dtype == jnp.float32 else "default")
         # Pallas asks the mesh which chip a kernel is for.
         with precision, jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-            lowered = jax.jit(function, donate_argnums=1).lower(
-                nested(self._abstract_weights()),
-                self.cache_shapes(limits),
-                *self._placed(
-                    (
-                        jax.ShapeDtypeStruct((layout.size,), jnp.int32),
-                        Adjustments(*no_adjustments(bucket.num_seqs)),
-                        jax.ShapeDtypeStruct((bucket.num_tokens,), jnp.int32),
-                        unconstrained(bucket.num_seqs, self.model_config.vocab_size),
-                    )
-                ),
-            )
+            lowered = jax.jit(function, donate_argnums=1).lower(*self._step_arguments(layout, limits))
         return layout, lowered
 
-    def lower_sampler(
-        self, num_seqs: int, limits: Limits, logits_sharding: Any
-    ) -> tuple[BatchLayout, jax.stages.Lowered]:
+    def step(self, bucket: Bucket, limits: Limits) -> tuple[BatchLayout, Program]:
+        """The step of a bucket, for the compiler or the store of what it has made."""
+        layout = BatchLayout(bucket, limits.max_pages_per_seq)
+        leaf: Any = "any"  # only the form counts
+        results = (self.cache_shapes(limits), StepOutput(_SAMPLED, leaf, leaf, (leaf, leaf, leaf, leaf)))
+        arguments = self._step_arguments(layout, limits)
+        return layout, self._program(
+            f"step {bucket}", arguments, results, lambda: self.lower(bucket, limits)[1], limits
+        )
+
+    def sampler(self, num_seqs: int, limits: Limits, logits_sharding: Any) -> tuple[BatchLayout, Program]:
         """The sampling of deferred steps of so many sequences; it takes what step.sample_step takes."""
         layout = BatchLayout(Bucket(0, num_seqs, False), limits.max_pages_per_seq)
         cache, vocab_size = self.cache_shapes(limits), self.model_config.vocab_size
-        function = functools.partial(sample_step, layout, limits.page_size)
-        if self.mesh.size > 1:
-            whole, own = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(TENSOR)
-            specs = (own, own, whole, whole, whole, whole)
-            function = self._on_every_device(function, specs, (own, whole))
-        lowered = jax.jit(function, donate_argnums=1).lower(
+        arguments = (
             cache.token_ids,
             cache.last_tokens,
             self._placed(jax.ShapeDtypeStruct((layout.size,), jnp.int32)),
             jax.ShapeDtypeStruct((num_seqs, vocab_size), jnp.float32, sharding=logits_sharding),
             *self._placed((Adjustments(*no_adjustments(num_seqs)), unconstrained(num_seqs, vocab_size))),
         )
-        return layout, lowered
+        results = (cache.last_tokens, _SAMPLED)
+        lower = functools.partial(self._lower_sampler, layout, limits, arguments)
+        return layout, self._program(f"sampler {num_seqs}", arguments, results, lower, limits)
+
+    def _program(self, name: str, arguments: tuple, results: Any, lower: Callable, limits: Limits) -> Program:
+        made_from = (name, self._placed_config, self.model_config, self.dtype, self.mesh.shape, limits)
+        return Program(repr(made_from), arguments, results, lower, self.compiler_options)
+
+    def _step_arguments(self, layout: BatchLayout, limits: Limits) -> tuple:
+        bucket = layout.bucket
+        return (
+            nested(self._abstract_weights()),
+            self.cache_shapes(limits),
+            *self._placed(
+                (
+                    jax.ShapeDtypeStruct((layout.size,), jnp.int32),
+                    Adjustments(*no_adjustments(bucket.num_seqs)),
+                    jax.ShapeDtypeStruct((bucket.num_tokens,), jnp.int32),
+                    unconstrained(bucket.num_seqs, self.model_config.vocab_size),
+                )
+            ),
+        )
+
+    def _lower_sampler(self, layout: BatchLayout, limits: Limits, arguments: tuple) -> jax.stages.Lowered:
+        function = functools.partial(sample_step, layout, limits.page_size)
+        if self.mesh.size > 1:
+            whole, own = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(TENSOR)
+            specs = (own, own, whole, whole, whole, whole)
+            function = self._on_every_device(function, specs, (own, whole))
+        return jax.jit(function, donate_argnums=1).lower(*arguments)
 
     def _on_every_device(self, function: Callable, in_specs: tuple, out_specs: tuple) -> Callable:
         """A program as each device runs it: on its own parts of what is split, and on all of what is whole."""

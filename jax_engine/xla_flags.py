@@ -15,6 +15,11 @@ FLAGS = {
 }
 
 
+#: For compiling a step for a GPU; given step by step, as other platforms need what this switches off. XLA takes a pool
+#: that fills the memory, counted twice as it comes in and goes out, for a step that does not fit, and then computes in
+#: every layer anew what the layers share: seven kernels a layer.
+GPU_COMPILER_OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
+
 #: Share of a GPU's memory that jax reserves when it starts; its own default of 0.75 would leave a quarter to nobody.
 #: CUDA graphs and libraries take theirs from the rest.
 MEMORY_FRACTION = "0.95"

@@ -40,11 +40,13 @@ def test_a_step_compiles_in_place_and_without_spills(bucket, tmp_path, monkeypat
     monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
     device = open_target("h100").devices[0]
-    model = dataclasses.replace(read_config(NAMED_SHAPES["llama-3.1-8b"]), num_hidden_layers=LAYERS)
+    whole = read_config(NAMED_SHAPES["llama-3.1-8b"])
+    model = dataclasses.replace(whole, num_hidden_layers=LAYERS, layers=whole.layers[:LAYERS])
     limits = resolve(EngineConfig(), model, platform="gpu", num_pages=PAGES)
     program = ModelProgram(model, "bfloat16", [device])
     assert program.device.platform == "gpu"
-    memory = program.lower(bucket, limits)[1].compile().memory_analysis()
+    lowered = program.lower(bucket, limits)[1]
+    memory = lowered.compile(compiler_options=program.compiler_options).memory_analysis()
     pool = program.cache_shapes(limits).pool
     pool_bytes = math.prod(pool.shape) * 2
     assert memory.alias_size_in_bytes >= pool_bytes
