@@ -91,7 +91,9 @@ def step(
     ids = jnp.where(ids >= 0, ids, cache.last_tokens[jnp.maximum(-1 - ids, 0)])
     places = jnp.where(plan.slots >= 0, plan.slots, cache.token_ids.size)  # past the end: dropped
     token_ids = cache.token_ids.at[places].set(ids, mode="drop")
-    context = StepContext(plan, parts["slots"], query_starts, num_single, layout.bucket.decode_only, ring_plan)
+    context = StepContext(
+        plan, parts["slots"], query_starts, num_single, layout.bucket.decode_only, ring_plan, device.platform
+    )
     hidden, pool = model(ids, cache.pool, context)
 
     last = jnp.maximum(query_starts[1:] - 1, 0)

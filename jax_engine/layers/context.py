@@ -19,6 +19,7 @@ class StepContext:
         query_starts: [B + 1] int32, row i's tokens are [query_starts[i], query_starts[i + 1]).
         num_decodes: int32, how many of the first rows have one token and take the path of single tokens.
         decode_only: there are no other rows, and no code for them.
+        platform: of the devices that the step is for: `cpu`, `gpu` or `tpu`.
         ring_plan: the same work over the rings of layers with windows; None where these layers' keys are in pages.
         rotations: cosine and sine of every position's angles, one pair for each of ModelConfig.ropes.
     """
@@ -29,4 +30,5 @@ class StepContext:
     num_decodes: Int32[Array, ""]
     decode_only: bool = field(metadata={"static": True})
     ring_plan: Plan | None = None
+    platform: str = field(default="cpu", metadata={"static": True})
     rotations: tuple[tuple[Array, Array], ...] = ()

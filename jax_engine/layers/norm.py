@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from jax_engine.layers.linear import small
 from jax_engine.layers.parallel import total
 from jax_engine.layers.param import declare
+from pallas_kernels.add_norm import add_norm
 
 
 class RMSNorm(nnx.Module):
@@ -31,6 +32,15 @@ class RMSNorm(nnx.Module):
         if self.unit_offset:
             return (y * (1 + self.weight[...].astype(jnp.float32))).astype(x.dtype)
         return self.weight[...] * y.astype(x.dtype)
+
+    def after_sum(
+        self, x: Float[Array, "T D"], added: Float[Array, "T D"], platform: str
+    ) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
+        """(x + added, its norm), in one kernel where there is one for the platform."""
+        if self.unit_offset:
+            total = x + added
+            return total, self(total)
+        return add_norm(x, added, self.weight[...], eps=self.eps, platform=platform)
 
 
 class HeadsNorm(nnx.Module):

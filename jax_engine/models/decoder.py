@@ -5,7 +5,7 @@ calls the weights. Never looks at a request, never places anything on a device.
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -23,6 +23,13 @@ from jax_engine.layers.norm import RMSNorm
 from jax_engine.layers.stack import run_layers
 from jax_engine.model_config import LayerConfig, ModelConfig
 from jax_engine.models import weights
+
+
+class Residual(NamedTuple):
+    """The residual stream between layers: `total`, to which `added` is yet to be added, together with the next norm."""
+
+    total: Float[Array, "T D"]
+    added: Float[Array, "T D"]
 
 
 class DecoderLayer(nnx.Module):
@@ -50,12 +57,14 @@ class DecoderLayer(nnx.Module):
             config.hidden_size, config.intermediate_size, dtype, activation=config.activation, bias=config.mlp_bias
         )
 
-    def __call__(
-        self, x: Float[Array, "T D"], cache: Any, context: StepContext, place: Array
-    ) -> tuple[Float[Array, "T D"], Any]:
-        attended, cache = self.attention(self.input_norm(x), cache, context, place)
-        x = x + attended * self.residual_multiplier
-        return x + self.mlp(self.post_norm(x)) * self.residual_multiplier, cache
+    def __call__(self, x: Residual, cache: Any, context: StepContext, place: Array) -> tuple[Residual, Any]:
+        total, normed = self.input_norm.after_sum(x.total, x.added, context.platform)
+        attended, cache = self.attention(normed, cache, context, place)
+        total, normed = self.post_norm.after_sum(total, self._scaled(attended), context.platform)
+        return Residual(total, self._scaled(self.mlp(normed))), cache
+
+    def _scaled(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        return x if self.residual_multiplier == 1 else x * self.residual_multiplier
 
 
 class Decoder(nnx.Module):
@@ -84,7 +93,13 @@ class Decoder(nnx.Module):
         x = self.embed_tokens(ids, positions)
         rotations = tuple(rope.rotation(positions, kind) for kind in self.config.ropes)
         context = dataclasses.replace(context, rotations=rotations)
-        x, cache = run_layers(self.layers, (x, cache), context, places=self.config.places, unroll=self.unroll_layers)
+        leaves_sum = issubclass(self.layer_class, DecoderLayer)
+        carry = (Residual(x, jnp.zeros_like(x)) if leaves_sum else x, cache)
+        x, cache = run_layers(self.layers, carry, context, places=self.config.places, unroll=self.unroll_layers)
+        if leaves_sum:
+            assert isinstance(self.norm, RMSNorm), "layers that leave a sum behind need a norm that adds it up"
+            left = Residual(*x)
+            return self.norm.after_sum(left.total, left.added, context.platform)[1], cache
         return self.norm(x), cache
 
     def embed_tokens(self, ids: Int[Array, " T"], positions: Int[Array, " T"]) -> Float[Array, "T D"]:
