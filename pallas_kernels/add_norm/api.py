@@ -1,8 +1,7 @@
 """The contract of add_norm, and the choice of who fulfils it on which platform.
 
-Called by a model's layer twice: behind attention and behind the feed-forward. A decode step of few rows spends most of
-its time between products on launches, so one kernel instead of three counts; on a GPU gpu.py is used, elsewhere xla.py,
-which XLA fuses as it likes.
+Called by a model's layer twice: behind attention and behind the feed-forward. On a GPU gpu.py is used where steps were
+measured to be faster with it, elsewhere xla.py, which XLA fuses as it likes.
 
 Axis letters: T tokens, D model.
 """
@@ -12,6 +11,9 @@ from jaxtyping import Array, Float
 from pallas_kernels.add_norm import gpu, xla
 
 IMPLEMENTATIONS = ("auto", "gpu", "xla")
+#: Fewest tokens for which `auto` takes the kernel. A decode step of the 8B shape took 17.5 ms with it and 18.0 without
+#: at 256 rows, 8.15 and 8.1 at 32, 6.7 and 6.6 at one (benchmarks/results/h100_steps_variants.json: base, noan).
+MIN_TOKENS = 128
 
 
 def add_norm(
@@ -31,7 +33,8 @@ def add_norm(
     Args:
         added: of any float dtype. eps: added to the mean of the squares.
         platform: which devices the program is for: `cpu`, `gpu` or `tpu`.
-        implementation: `auto`: gpu.py on a GPU where it takes the shape, else xla.py; or one of them by name.
+        implementation: `auto`: gpu.py on a GPU for at least MIN_TOKENS tokens of a shape it takes, else xla.py; or one
+            of them by name.
 
     Raises:
         ValueError: there is no such implementation, or it does not take the shape.
@@ -41,6 +44,7 @@ def add_norm(
     fits = gpu.supports(x)
     if implementation == "gpu" and not fits:
         raise ValueError(f"{gpu.ALLOWED}; got {x.dtype} and D = {x.shape[1]}; take 'xla'")
-    if implementation == "gpu" or (implementation == "auto" and platform == "gpu" and fits):
+    best = platform == "gpu" and fits and x.shape[0] >= MIN_TOKENS
+    if implementation == "gpu" or (implementation == "auto" and best):
         return gpu.add_norm(x, added, weight, eps)
     return xla.add_norm(x, added, weight, eps)
