@@ -139,6 +139,7 @@ async def measure(processes: int, num_streams: int, endpoint: str, step_s: float
         arguments = (child, port, num_streams, endpoint, seconds)
         clients = multiprocessing.get_context("spawn").Process(target=_clients, args=arguments)
         clients.start()
+        child.close()  # so that clients that die are noticed
         try:
             await asyncio.to_thread(parent.recv)  # the clients are warm
             pids = [os.getpid(), *_api_processes()]
@@ -197,7 +198,7 @@ async def _run_clients(pipe, port: int, num_streams: int, endpoint: str, seconds
             end = b""
             while b"[DONE]" not in end:
                 part = await reader.read(65536)
-                if not part or part.startswith(b"HTTP/1.1 4"):
+                if not part or part.startswith((b"HTTP/1.1 4", b"HTTP/1.1 5")):
                     raise ConnectionError(f"a stream failed: {part[:500]!r}")
                 counts["tokens"] += (end[1 - len(_TOKEN_TEXT) :] + part).count(_TOKEN_TEXT)
                 counts["reads"] += 1

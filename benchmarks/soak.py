@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs the soak. Returns 1 if something leaked or changed."""
     flag_values = absl_flags.FlagValues()
     flags.define(flag_values, Options, group="Soak")
-    if not program.parse(flag_values, "benchmarks.soak", __doc__, argv):
+    if not program.parse(flag_values, "benchmarks.soak", __doc__, argv[1:]):
         return 0
     options = Options(**flags.values(flag_values, Options))
     with _server(options.serve_flags) as (process, url):

@@ -5,7 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import hf_static, offline, scheduler_host, scheduling, virtual_device, workload
+from benchmarks import (
+    hf_static,
+    offline,
+    scheduler_host,
+    scheduling,
+    server_front,
+    soak,
+    structured,
+    virtual_device,
+    workload,
+)
 from jax_engine import ConfigError, EngineConfig, SamplingParams
 from jax_engine.config import resolve
 from jax_engine.engine import Engine
@@ -163,7 +173,10 @@ def test_static_batch_needs_one_length() -> None:
         hf_static.uniform_lengths(workload.load("skewed"))
 
 
-@pytest.mark.parametrize("main", [offline.main, scheduler_host.main, scheduling.main, hf_static.main])
+PROGRAMS = [module.main for module in (offline, scheduler_host, scheduling, hf_static, server_front, soak, structured)]
+
+
+@pytest.mark.parametrize("main", PROGRAMS, ids=lambda main: main.__module__)
 def test_help_and_unknown_flags(main, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["x", "--help"]) == 0
     assert "--out" in capsys.readouterr().out
