@@ -154,8 +154,8 @@ def deployment(build: Callable[[], "AsyncEngine"], options: ServerOptions, scali
         graceful_shutdown_timeout_s=options.drain_timeout_s,
     )
     most = scaling.max_replicas * scaling.max_ongoing_requests + scaling.max_waiting_requests
-    front = serve.deployment(Front, max_ongoing_requests=most + _REFUSALS, ray_actor_options={"num_cpus": 0.1})
-    return front.bind(engines.bind(build, options), options.max_body_mib * 2**20)
+    ingress = serve.deployment(Front, max_ongoing_requests=most + _REFUSALS, ray_actor_options={"num_cpus": 0.1})
+    return ingress.bind(engines.bind(build, options), options.max_body_mib * 2**20)
 
 
 class Engines:
