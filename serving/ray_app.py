@@ -4,9 +4,7 @@ Two deployments. Engines: each replica is an engine and the application of app.p
 private folder. Front: takes HTTP requests, chooses an engine by prefix and load, and passes answers on. Needs the extra
 `ray`; nothing else imports this module.
 
-What a lost engine means to its requests: one whose answer has not begun is asked again of another engine, so that it is
-late, not lost; comments that keep a stream alive are no beginning. A stream that has begun ends with an error event
-`engine_lost`, for what another engine would sample need not continue what the client has.
+What a lost engine means to its requests is decided in relay.py: those whose answer has not begun are asked again.
 """
 
 import asyncio
@@ -41,8 +39,9 @@ from serving import flags, front
 from serving.affinity import PrefixAffinity, prefix_digests
 from serving.app import AppSettings, create_app
 from serving.commands import common
-from serving.errors import ApiError, unavailable
+from serving.errors import ApiError
 from serving.options import ServerOptions, admin_keys, api_keys
+from serving.relay import EngineLost, Forwarded, Head, relay, whole_events
 from serving.state import STATE
 from serving.watchdog import dump_stacks, watch
 
@@ -51,8 +50,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("serving")
 
-_TRIES = 4
-_FIRST_PAUSE_S = 0.1
 #: An engine takes a minute to start: waiting longer for a queue to go away by itself would not help it.
 _UPSCALE_DELAY_S = 10.0
 #: Requests that the front may have in hand beside those it has places for: to refuse them.
@@ -157,32 +154,8 @@ def deployment(build: Callable[[], "AsyncEngine"], options: ServerOptions, scali
         graceful_shutdown_timeout_s=options.drain_timeout_s,
     )
     most = scaling.max_replicas * scaling.max_ongoing_requests + scaling.max_waiting_requests
-    front = serve.deployment(Front, max_ongoing_requests=most + _REFUSALS, ray_actor_options={"num_cpus": 0.1})
-    return front.bind(engines.bind(build, options), options.max_body_mib * 2**20)
-
-
-@dataclasses.dataclass(frozen=True)
-class Forwarded:
-    """A request on its way from the front to an engine. `digests`: see affinity.prefix_digests."""
-
-    method: str
-    path: str
-    headers: list[tuple[str, str]]
-    body: bytes
-    digests: tuple[bytes, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Head:
-    """How an answer begins. `body`: all of it; None for a stream, whose events follow."""
-
-    status: int
-    headers: list[tuple[str, str]]
-    body: bytes | None
-
-    def lost(self) -> bool:
-        """Whether it says that its engine is gone, or going."""
-        return self.status == 503 and any(code in (self.body or b"") for code in (b"draining", b"engine_stopped"))
+    ingress = serve.deployment(Front, max_ongoing_requests=most + _REFUSALS, ray_actor_options={"num_cpus": 0.1})
+    return ingress.bind(engines.bind(build, options), options.max_body_mib * 2**20)
 
 
 class Engines:
@@ -214,11 +187,8 @@ class Engines:
                 yield Head(response.status, headers, await response.read())
                 return
             yield Head(response.status, headers, None)
-            held = b""
-            async for chunk in response.content.iter_any():
-                whole, end, held = (held + chunk).rpartition(b"\n\n")
-                if end:
-                    yield whole + end
+            async for events in whole_events(response.content.iter_any()):
+                yield events
 
     async def _watch(self, step_timeout_s: float) -> str:
         reason = await watch(self._engine, step_timeout_s)
@@ -304,7 +274,7 @@ class Front:
     async def __call__(self, request: Request) -> Response:
         """One request; what fails is told as app.py tells it."""
         try:
-            pieces = self._pieces(await self._forwarded(request))
+            pieces = relay(self._ask, await self._forwarded(request))
             head = await anext(pieces)
         except ApiError as error:
             refusal = error.response()
@@ -332,57 +302,17 @@ class Front:
             request.method, path + (f"?{request.url.query}" if request.url.query else ""), headers, body, digests
         )
 
-    async def _pieces(self, request: Forwarded) -> AsyncGenerator[Head | bytes, None]:
-        """A Head, then the events of a stream.
-
-        Raises:
-            ApiError: 503, no engine answered; 429, too many requests wait.
-        """
-        opened = begun = False
-        for attempt in range(_TRIES):
-            await asyncio.sleep(attempt and _FIRST_PAUSE_S * 4 ** (attempt - 1))
-            pieces = self._answer.remote(request)
-            try:
-                head = await anext(pieces)
-                if head.lost() and attempt < _TRIES - 1:
-                    continue
-                if opened and head.body is not None:
-                    yield _error_event(request.path, ApiError(head.status, "The request failed.", code="engine_lost"))
-                    return
-                if not opened:
-                    yield head
-                if head.body is not None:
-                    return
-                opened = True
-                async for events in pieces:
-                    begun = begun or not _only_comments(events)
-                    yield events
-                return
-            except BackPressureError:
-                raise ApiError(
-                    429, "All engines are busy.", type="rate_limit_error", code="queue_full", retry_after=2.0
-                ) from None
-            except (RayError, RayServeException) as error:
-                log.warning("an engine was lost, its answer %s: %s", "had begun" if begun else "not begun", error)
-                if begun:
-                    break
-            finally:
-                pieces.cancel()
-        failure = unavailable("The engine of this request was lost; send it again.", "engine_lost")
-        if not opened:
-            raise failure
-        yield _error_event(request.path, failure)
-
-
-def _only_comments(events: bytes) -> bool:
-    return all(line.startswith(b":") for line in events.split(b"\n") if line)
-
-
-def _error_event(path: str, error: ApiError) -> bytes:
-    """The last event of a stream that failed, as each protocol has it."""
-    if path.startswith("/v1/messages"):
-        return b"event: error\ndata: " + msgspec.json.encode({"type": "error", **error.body()}) + b"\n\n"
-    if path.startswith("/v1/responses"):
-        body = {"type": "error", "code": error.code, "message": error.message, "param": None, "sequence_number": 0}
-        return b"event: error\ndata: " + msgspec.json.encode(body) + b"\n\ndata: [DONE]\n\n"
-    return b"data: " + msgspec.json.encode(error.body()) + b"\n\ndata: [DONE]\n\n"
+    async def _ask(self, request: Forwarded) -> AsyncGenerator[Head | bytes, None]:
+        """One engine's answer, in the words of relay.py. Closing this closes the request."""
+        pieces = self._answer.remote(request)
+        try:
+            async for piece in pieces:
+                yield piece
+        except BackPressureError:
+            raise ApiError(
+                429, "All engines are busy.", type="rate_limit_error", code="queue_full", retry_after=2.0
+            ) from None
+        except (RayError, RayServeException) as error:
+            raise EngineLost(str(error)) from error
+        finally:
+            pieces.cancel()

@@ -3,6 +3,7 @@ import { $, call } from "/page/common.js";
 
 const history = [];
 let stopping = null;
+let measured = []; // the answers under way, one per stream
 
 function show(role, text) {
   const node = document.createElement("div");
@@ -46,6 +47,7 @@ async function* events(response) {
 async function answer(node, path, request, signal) {
   const began = performance.now();
   const found = { text: "", tokens: 0, first: null, began, ended: began };
+  measured.push(found);
   const response = await call(path, { method: "POST", body: JSON.stringify(request), signal });
   for await (const event of events(response)) {
     if (event.error) throw new Error(event.error.message);
@@ -60,7 +62,7 @@ async function answer(node, path, request, signal) {
     const atEnd = $("messages").scrollHeight - $("messages").scrollTop - $("messages").clientHeight < 40;
     node.textContent = found.text;
     if (atEnd) $("messages").scrollTop = $("messages").scrollHeight;
-    tell([found]);
+    tell(measured);
   }
   return found;
 }
@@ -85,6 +87,7 @@ async function send(text) {
   show("user", text);
   busy(true);
   stopping = new AbortController();
+  measured = [];
   const [path, request] = body();
   const count = Math.max(1, number("streams") ?? 1);
   const nodes = Array.from({ length: count }, () => show("assistant", "…"));

@@ -151,8 +151,9 @@ export function histogram(canvas, data) {
   const every = Math.ceil((widest + 6) / step); // labels must not run into each other
   counts.forEach((count, index) => {
     const h = (count / top) * (height - 36);
+    const wide = Math.min(step - 2, 60);
     context.fillStyle = colour("accent");
-    context.fillRect(index * step + 1, height - 16 - h, step - 2, h);
+    context.fillRect((index + 0.5) * step - wide / 2, height - 16 - h, wide, h);
     context.fillStyle = colour("soft");
     context.textAlign = "center";
     if (index % every === 0) context.fillText(bound(low + index), (index + 0.5) * step, height - 7);
@@ -172,7 +173,8 @@ export function histogram(canvas, data) {
 export function pool(canvas, pages) {
   const { context, width, height } = begin(canvas);
   const count = pages.cells.length;
-  const size = Math.max(3, Math.floor(Math.sqrt((width * height) / count)));
+  let size = Math.min(14, Math.max(3, Math.floor(Math.sqrt((width * height) / count))));
+  while (size > 3 && Math.ceil(count / Math.floor(width / size)) * size > height) size -= 1;
   const columns = Math.max(1, Math.floor(width / size));
   pages.cells.forEach((held, index) => {
     const x = (index % columns) * size;

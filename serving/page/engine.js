@@ -71,8 +71,8 @@ function draw(view) {
   histogram($("ttft"), view.histograms.time_to_first_token);
   histogram($("itl"), view.histograms.inter_token);
   pool($("pool"), view.pages);
-  const pages = view.pages.per_cell === 1 ? "a cell is a page; blue is kept for its prefix, a mark means shared" : `a cell is ${view.pages.per_cell} pages`;
-  $("pool-caption").textContent = `KV pool: ${view.gauges.used_pages} of ${view.gauges.num_pages} pages of ${view.limits.page_size} tokens in use; ${pages}`;
+  const pages = view.pages.per_cell === 1 ? "blue: kept for its prefix; with a mark: shared" : `a cell is ${view.pages.per_cell} pages`;
+  $("pool-caption").textContent = `KV pool: ${view.gauges.used_pages} of ${view.gauges.num_pages} pages in use (${view.limits.page_size} tokens each); ${pages}`;
 }
 
 function status(text, bad) {
