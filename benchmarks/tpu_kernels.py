@@ -53,12 +53,14 @@ def compile_op(
     *,
     layers: int = LAYERS,
     dtype: Any = jnp.bfloat16,
+    pool_dtype: Any = None,
     sinks: bool = False,
     **options: Any,
 ) -> Compiled:
     """Compiles a step's write and attention for a chip, one device of it.
 
     Args:
+        dtype: of queries, keys and values. pool_dtype: of the pool, where it is another.
         options: of ragged_paged_attention.
     """
     device = open_target(chip).devices[0]
@@ -88,10 +90,12 @@ def compile_op(
     q = array((tokens, shape.num_heads, shape.head_dim), dtype)
     sink_values = array((shape.num_heads,), jnp.float32) if sinks else None
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        lowered = jax.jit(step, donate_argnums=0).lower(array(dims, dtype), q, kv, kv, ragged, sink_values)
+        lowered = jax.jit(step, donate_argnums=0).lower(
+            array(dims, pool_dtype or dtype), q, kv, kv, ragged, sink_values
+        )
     memory = lowered.compile().memory_analysis()
     assert memory is not None, "the compiler reports no memory use"
-    pool_bytes = math.prod(dims) * jnp.dtype(dtype).itemsize
+    pool_bytes = math.prod(dims) * jnp.dtype(pool_dtype or dtype).itemsize
     return Compiled(pool_bytes, memory.alias_size_in_bytes, memory.temp_size_in_bytes)
 
 
