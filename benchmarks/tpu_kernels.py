@@ -53,12 +53,14 @@ def compile_op(
     *,
     layers: int = LAYERS,
     dtype: Any = jnp.bfloat16,
+    pool_dtype: Any = None,
     sinks: bool = False,
     **options: Any,
 ) -> Compiled:
     """Compiles a step's write and attention for a chip, one device of it.
 
     Args:
+        dtype: of queries, keys and values. pool_dtype: of the pool, where it is another.
         options: of ragged_paged_attention.
     """
     device = open_target(chip).devices[0]
@@ -88,28 +90,28 @@ def compile_op(
     q = array((tokens, shape.num_heads, shape.head_dim), dtype)
     sink_values = array((shape.num_heads,), jnp.float32) if sinks else None
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        lowered = jax.jit(step, donate_argnums=0).lower(array(dims, dtype), q, kv, kv, ragged, sink_values)
+        lowered = jax.jit(step, donate_argnums=0).lower(
+            array(dims, pool_dtype or dtype), q, kv, kv, ragged, sink_values
+        )
     memory = lowered.compile().memory_analysis()
     assert memory is not None, "the compiler reports no memory use"
-    pool_bytes = math.prod(dims) * jnp.dtype(dtype).itemsize
+    pool_bytes = math.prod(dims) * jnp.dtype(pool_dtype or dtype).itemsize
     return Compiled(pool_bytes, memory.alias_size_in_bytes, memory.temp_size_in_bytes)
 
 
-def profile(chips: Iterable[str], steps: Iterable[str], folder: Path) -> Iterator[dict[str, Any]]:
-    """One entry for each chip, step and kernel of the 8B shape.
+def profile(chip: str, steps: Iterable[str], folder: Path) -> Iterator[dict[str, Any]]:
+    """One entry for each step and kernel of the 8B shape.
 
     Args:
         folder: where the compiler writes what it made; see `dump_to`.
     """
-    for chip in chips:
-        for step in steps:
-            before = set(folder.iterdir())
-            compile_op(chip, SHAPES["llama-8b"], *STEPS[step], layers=1)
-            files = sorted(set(folder.iterdir()) - before)
-            for kernel in KERNELS:
-                yield {"chip": chip, "step": step, "kernel": kernel, **_figures(files, kernel)} | _pace(
-                    chip, step, kernel, files
-                )
+    for step in steps:
+        before = set(folder.iterdir())
+        compile_op(chip, SHAPES["llama-8b"], *STEPS[step], layers=1)
+        files = sorted(set(folder.iterdir()) - before)
+        for kernel in KERNELS:
+            name = {"chip": chip, "step": step, "kernel": kernel}
+            yield name | _figures(files, kernel) | _pace(chip, step, kernel, files)
 
 
 def dump_to(folder: Path) -> None:
@@ -196,19 +198,21 @@ def main(argv: Sequence[str]) -> int:
     absl_flags.DEFINE_string("out", None, "File for the figures, as JSON.", **here)
     if not program.parse(flag_values, "benchmarks.tpu_kernels", __doc__, argv[1:]):
         return 0
+    entries: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         dump_to(Path(folder))
-        entries = list(profile(flag_values["chips"].value, flag_values["steps"].value, Path(folder)))
+        for chip in flag_values["chips"].value:  # a file after each: a chip takes minutes
+            entries += profile(chip, flag_values["steps"].value, Path(folder))
+            if flag_values["out"].value:
+                compiler = {name: version(name) for name in ("jax", "libtpu")}
+                document = report.document("benchmarks.tpu_kernels", argv, compiler=compiler, kernels=entries)
+                report.write(flag_values["out"].value, document)
     columns = ("bundles", "empty", "fills", "spills", "issued_per_block", "clock_ghz_needed")
     rows = [("kernel", *columns)]
     for entry in entries:
         cells = (f"{entry[name]:.4g}" if name in entry else "-" for name in columns)
         rows.append((f"{entry['chip']} {entry['step']} {entry['kernel']}", *cells))
     print(report.table(rows))
-    if flag_values["out"].value:
-        compiler = {name: version(name) for name in ("jax", "libtpu")}
-        document = report.document("benchmarks.tpu_kernels", argv, compiler=compiler, kernels=entries)
-        report.write(flag_values["out"].value, document)
     return 0
 
 

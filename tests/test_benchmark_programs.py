@@ -13,6 +13,7 @@ from benchmarks import (
     server_front,
     soak,
     structured,
+    tpu_kernels,
     virtual_device,
     workload,
 )
@@ -182,3 +183,24 @@ def test_help_and_unknown_flags(main, capsys: pytest.CaptureFixture[str]) -> Non
     assert "--out" in capsys.readouterr().out
     with pytest.raises(UsageError, match="unknown flag --nonsense"):
         main(["x", "--nonsense=1"])
+
+
+def test_bundles_of_the_walk_are_told_from_those_of_its_inner_loops():
+    listing = """
+   0x1   :  { start }
+   0x2 LB: > { a small loop }
+   0x3   : > { dma.hbm_to_vmem }
+   0x4   :  { between }
+   0x5 LB: > { the walk }
+   0x6   : > { before }
+   0x7   :  { skipped }
+   0x8 LB: >> { fetch }
+   0x9   : >> { dma.hbm_to_vmem }
+   0xa   : >> { dma.done }
+   0xb   : > { compute }
+   0xc LB: >> { copy }
+   0xd   : >> { copy }
+   0xe PF: > { after }
+   0xf   :  { end }
+"""
+    assert tpu_kernels.turn_bundles(listing) == (4, 3)

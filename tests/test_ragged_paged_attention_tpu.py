@@ -119,6 +119,13 @@ def test_page_sizes(page_size):
     check(make_inputs(SHAPES["tiny"], MIXES["chunked"], page_size=page_size), page_size)
 
 
+@pytest.mark.parametrize("mix", quick(["decode", "chunked", "mixed"], {"chunked"}))
+@pytest.mark.parametrize("page_size", quick([32, 64], {64}))
+def test_a_pool_of_8_bits(mix, page_size):
+    inputs = make_inputs(SHAPES["tiny"], MIXES[mix], page_size=page_size)
+    check(dataclasses.replace(inputs, pool=inputs.pool.astype(jnp.float8_e4m3fn)), page_size)
+
+
 OPTIONS = {
     "window of 1": {"sliding_window": 1},
     "window of two blocks": {"sliding_window": 130},

@@ -79,6 +79,12 @@ def test_every_option_compiles(chip):
     check_op(chip, SHAPES["llama-8b"], 128, 32, False, sliding_window=1024, logits_soft_cap=30.0, sinks=True)
 
 
+@pytest.mark.parametrize("chip", [chip if chip == "v6e:1x1" else pytest.param(chip, marks=long) for chip in CHIPS])
+@pytest.mark.parametrize("decode_only", [True, pytest.param(False, marks=long)], ids=["decode", "mixed"])
+def test_a_pool_of_8_bits_compiles(chip, decode_only):
+    check_op(chip, SHAPES["llama-8b"], 64, 64, decode_only, pool_dtype=jnp.float8_e4m3fn)
+
+
 @long
 def test_float32_compiles():
     check_op("v6e:1x1", SHAPES["llama-8b"], 128, 32, False, dtype=jnp.float32)

@@ -25,8 +25,9 @@ from pallas_kernels.ragged_paged_attention.tpu_write import write_kernel
 
 _LANES = 128
 _HALF = _LANES // 2
-#: Rows of a page that are written together, and query tokens that are moved together: whole tiles of 2-byte elements.
-_UNIT_ROWS = 16
+#: Rows of a page that are written together, in whole tiles: of 2-byte elements and larger ones, and of 1-byte elements.
+_UNIT_ROWS, _UNIT_ROWS_OF_BYTES = 16, 32
+#: Query tokens that are moved together.
 _GROUP = 16
 _SUBLANES = 8
 
@@ -60,7 +61,7 @@ class Items:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Units:
-    """What is written: groups of _UNIT_ROWS rows of a page, or whole pages where these are smaller. U at most.
+    """What is written: groups of so many rows of a page, or whole pages where these are smaller. U at most.
 
     Attributes:
         count: [1] int32.
@@ -83,13 +84,15 @@ class Units:
 class WorkList:
     """The step cut into work, made once and shared by all layers.
 
-    page_table: [B * P] int32, clipped to pages that exist. units: of decode rows, then of longer rows if there are any.
+    page_table: [B * P] int32, clipped to pages that exist.
+    units: by their rows, for XLA drops those that no pool's elements want: of decode rows, then of longer rows if there
+        are any.
     num_rows: B. table_width: P.
     """
 
     page_table: jax.Array
     items: Items
-    units: tuple[Units, ...]
+    units: dict[int, tuple[Units, ...]]
     tiles: Tiles = field(metadata={"static": True})
     num_rows: int = field(metadata={"static": True})
     table_width: int = field(metadata={"static": True})
@@ -110,24 +113,31 @@ def make_work_list(
     query_lens = query_starts[1:] - query_starts[:-1]
     firsts = kv_lens - query_lens
     decode = jnp.arange(min(kv_lens.size, num_tokens), dtype=jnp.int32)
-    rows, position = min(page_size, _UNIT_ROWS), jnp.maximum(firsts, 0)[decode]
-    group = position % page_size // rows
-    units = Units(
-        count=num_decodes.reshape(1),
-        pages=table[decode, position // page_size],
-        groups=group,
-        firsts=position % rows,
-        ends=position % rows + 1,
-        tokens=query_starts[decode][:, None],
-    )
+    position = jnp.maximum(firsts, 0)[decode]
+    sizes = {min(page_size, _UNIT_ROWS), min(page_size, _UNIT_ROWS_OF_BYTES)}
+    units = {
+        rows: Units(
+            count=num_decodes.reshape(1),
+            pages=table[decode, position // page_size],
+            groups=position % page_size // rows,
+            firsts=position % rows,
+            ends=position % rows + 1,
+            tokens=query_starts[decode][:, None],
+        )
+        for rows in sizes
+    }
     items = Items(jnp.stack([num_decodes, num_decodes]), decode, position, kv_lens[decode], decode)
     if decode_only:
-        return WorkList(table.reshape(-1), _one_more(items), (units,), tiles, *table.shape)
+        decode_units = {rows: (own,) for rows, own in units.items()}
+        return WorkList(table.reshape(-1), _one_more(items), decode_units, tiles, *table.shape)
     is_long = (jnp.arange(kv_lens.size) >= num_decodes) & (query_lens > 0)
     lens = jnp.where(is_long, query_lens, 0)
     items = _add_blocks(items, lens, query_starts, firsts, num_tokens, tiles.block_q)
-    long_units = _long_units(table, lens, query_starts, firsts, num_tokens, page_size)
-    return WorkList(table.reshape(-1), _one_more(items), (units, long_units), tiles, *table.shape)
+    all_units = {
+        rows: (own, _long_units(table, lens, query_starts, firsts, num_tokens, page_size, rows))
+        for rows, own in units.items()
+    }
+    return WorkList(table.reshape(-1), _one_more(items), all_units, tiles, *table.shape)
 
 
 def _one_more(items: Items) -> Items:
@@ -182,8 +192,7 @@ def _group_tokens(lens, query_starts, num_tokens, most):
     return jnp.clip(token, 0, num_tokens - 1), places
 
 
-def _long_units(table, lens, query_starts, firsts, num_tokens, page_size) -> Units:
-    rows = min(page_size, _UNIT_ROWS)
+def _long_units(table, lens, query_starts, firsts, num_tokens, page_size, rows) -> Units:
     first_unit = firsts // rows
     counts = jnp.where(lens > 0, (firsts + lens - 1) // rows - first_unit + 1, 0)
     # A row touches two units more than it fills, and never more than it has tokens.
@@ -214,12 +223,13 @@ def write_kv(pool, k, v, slots, work: WorkList, first_page):
     width = lanes if parts == 2 else _HALF
     new = jnp.stack([_pad_lanes(k, width), _pad_lanes(v, width)], axis=2).astype(pool.dtype)
     new = new.reshape(-1, heads, parts, lanes)
+    unit_rows = min(page_size, _UNIT_ROWS_OF_BYTES if pool.dtype.itemsize == 1 else _UNIT_ROWS)
     kinds = []
-    for units in work.units:
+    for units in work.units[unit_rows]:
         # [U, K, parts, rows of tokens, lanes]
         rows = new[units.tokens].transpose(0, 2, 3, 1, 4)
         kinds.append((units.count, units.pages, units.groups, units.firsts, units.ends, rows))
-    return write_kernel(pool, first_page.reshape(1), kinds, rows=min(page_size, _UNIT_ROWS))
+    return write_kernel(pool, first_page.reshape(1), kinds, rows=unit_rows)
 
 
 def _pad_lanes(x, width):

@@ -314,7 +314,10 @@ def _clear_tail(spec: AttendSpec, shared: _Refs, end, block, slot):
         page, value = inside // spec.page_size, spec.parts - 1
         values = shared.kv[slot, page, :, value]
         position = lax.broadcasted_iota(jnp.int32, values.shape, 1)
-        shared.kv[slot, page, :, value] = jnp.where(position < offset, values, jnp.zeros_like(values))
+        if values.dtype.itemsize == 1:  # a core has no selection among bytes
+            values = values.astype(jnp.float32)
+        kept = jnp.where(position < offset, values, jnp.zeros_like(values))
+        shared.kv[slot, page, :, value] = kept.astype(shared.kv.dtype)
 
 
 def _compute(spec: AttendSpec, shared: _Refs, group: _Group, item, *, block, slot):
@@ -398,11 +401,12 @@ def _seen(spec: AttendSpec, shared: _Refs, group: _Group, item, block):
 
 def _attend_head(spec: AttendSpec, shared: _Refs, group: _Group, item, block, slot, masked, head):
     """Takes one head's keys and values of a block into the running sums."""
-    keys = shared.kv[slot, :, head, 0].reshape(spec.block_kv, spec.lanes)
-    values = shared.kv[slot, :, head, spec.parts - 1].reshape(spec.block_kv, spec.lanes)
+    dtype = group.q_buffer.dtype  # of an 8-bit pool's numbers too, once they are read
+    keys = shared.kv[slot, :, head, 0].reshape(spec.block_kv, spec.lanes).astype(dtype)
+    values = shared.kv[slot, :, head, spec.parts - 1].reshape(spec.block_kv, spec.lanes).astype(dtype)
     dot = functools.partial(
         lax.dot_general,
-        precision=lax.Precision.HIGHEST if keys.dtype == jnp.float32 else None,
+        precision=lax.Precision.HIGHEST if dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
     )
     queries = group.q_buffer[lax.rem(item, spec.buffers), :, head].reshape(-1, spec.lanes)
@@ -419,5 +423,5 @@ def _attend_head(spec: AttendSpec, shared: _Refs, group: _Group, item, block, sl
     factor = jnp.exp(top - new_top)
     group.top[head] = new_top
     group.weight[head] = group.weight[head] * factor + weights.sum(axis=1, keepdims=True)
-    sums = dot(weights.astype(values.dtype), values, (((1,), (0,)), ((), ())))
+    sums = dot(weights.astype(dtype), values, (((1,), (0,)), ((), ())))
     group.total[head] = group.total[head] * factor[:, :1] + sums

@@ -122,7 +122,7 @@ def _write_all(kind: _Kind, pool, first_page, units, fetched, sent, rows):
         old = units[slot]
         row = lax.broadcasted_iota(jnp.int32, old.shape, 2)
         is_new = (row >= kind.firsts[index]) & (row < kind.ends[index])
-        units[slot] = jnp.where(is_new, jnp.broadcast_to(kind.new_buffer[slot], old.shape), old)
+        units[slot] = _choose(is_new, jnp.broadcast_to(kind.new_buffer[slot], old.shape), old)
         copy_out(index).start()
 
     for index in range(ahead):
@@ -130,6 +130,13 @@ def _write_all(kind: _Kind, pool, first_page, units, fetched, sent, rows):
     lax.fori_loop(0, kind.count, turn, None)
     for back in range(ahead, 0, -1):
         pl.when(kind.count >= back)(lambda back=back: copy_out(kind.count - back).wait())
+
+
+def _choose(is_new, new, old):
+    """A core has no selection among bytes: they become words on the way, which loses nothing."""
+    if old.dtype.itemsize > 1:
+        return jnp.where(is_new, new, old)
+    return jnp.where(is_new, new.astype(jnp.float32), old.astype(jnp.float32)).astype(old.dtype)
 
 
 def _wait_fetched(copies):
