@@ -4,12 +4,15 @@
 
 Decode is bound by memory: the figure is the KV bytes read over the time. Prefill is bound by arithmetic: the figure is
 the operations a causal attention needs over the time. Several calls run back to back inside one program, each on the
-result of the one before, so launches and the host are not measured. Pages are in random order.
+result of the one before, so launches and the host are not measured; nor is the plan, which is made once per step and
+timed by itself. Pages are in random order. A case that fails is reported and the others go on; the results file is
+written anew after every case, so that a run that is cut off leaves what it has.
 """
 
 import dataclasses
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,49 +21,59 @@ import numpy as np
 from absl import flags as absl_flags
 
 from benchmarks import program, report
-from pallas_kernels.ragged_paged_attention import Ragged, plan, ragged_paged_attention, reference, write_kv
-from pallas_kernels.ragged_paged_attention.cases import MIXES, SHAPES, Shape, make_inputs
+from pallas_kernels.ragged_paged_attention import Plan, Ragged, plan, ragged_paged_attention, reference, write_kv
+from pallas_kernels.ragged_paged_attention.cases import MIXES, SHAPES, Mix, Shape, make_inputs
 
 MODEL = SHAPES["llama-8b"]
 MAX_LEN = 8192
-CALLS, ROUNDS, REPEATS = 4, 3, 10
+ROUNDS, REPEATS = 3, 8
 #: Of one H100 80GB: bytes per second by its data sheet, and dense bfloat16 operations per second.
 PEAK_BYTES, PEAK_OPERATIONS = 3.35e12, 989e12
 
 
-def decode_cases() -> dict[str, list[int]]:
-    """Name -> KV length of each row."""
-    random = np.random.default_rng(0)
-    cases = {f"{rows} x {length}": [length] * rows for rows, length in ((256, 1024), (128, 1024), (64, 4096))}
-    cases |= {f"{rows} x {length}": [length] * rows for rows, length in ((32, 1024), (8, 8192), (1, 8192), (256, 256))}
-    return cases | {"256, log-normal": np.clip(random.lognormal(6, 1, 256).astype(int), 16, 8000).tolist()}
-
-
-def prefill_cases() -> dict[str, list[int]]:
-    """Name -> prompt length of each row."""
-    ragged = np.random.default_rng(0).integers(64, 1025, 15).tolist()
-    return {"1 x 4096": [4096], "1 x 8192": [8192], "2 x 2048": [2048] * 2, "15 x 64..1024": ragged}
-
-
 @dataclasses.dataclass(frozen=True)
-class Step:
+class Case:
     """Rows of a step: `kv_lens` positions each, of which the last `query_lens` are queries."""
 
+    name: str
     kv_lens: list[int]
     query_lens: list[int]
-    page_size: int
     shape: Shape = MODEL
 
-    def arrays(self) -> tuple[jax.Array, jax.Array, Ragged, int]:
+    @property
+    def decode_only(self) -> bool:
+        """Every row has one query token."""
+        return all(length == 1 for length in self.query_lens)
+
+    @property
+    def kernel(self) -> str:
+        """Which of the two the case is about."""
+        return "decode" if self.decode_only else "prefill"
+
+    @property
+    def work(self) -> int:
+        """Bytes of KV that a decode reads, or operations of a causal attention."""
+        heads, size = self.shape.num_heads, self.shape.head_dim
+        if self.decode_only:
+            return sum(self.kv_lens) * self.shape.num_kv_heads * size * 2 * 2
+        pairs = sum(q * (kv - q) + q * (q + 1) // 2 for q, kv in zip(self.query_lens, self.kv_lens, strict=True))
+        return 4 * pairs * heads * size
+
+    @property
+    def calls(self) -> int:
+        """How many run back to back: enough that the host, which takes about 0.3 ms a program, is not what is timed."""
+        return 64 if self.kernel == "decode" and sum(self.kv_lens) <= 32 * 1024 else 8
+
+    def arrays(self, page_size: int) -> tuple[jax.Array, jax.Array, Ragged, int]:
         """q [T, N, H], the pool, the rows, and the number of pages."""
         random = np.random.default_rng(0)
-        pages_of = [-(-length // self.page_size) for length in self.kv_lens]
+        pages_of = [-(-length // page_size) for length in self.kv_lens]
         num_pages = sum(pages_of)
-        table = np.zeros((len(pages_of), MAX_LEN // self.page_size), np.int32)
+        table = np.zeros((len(pages_of), MAX_LEN // page_size), np.int32)
         order = np.split(random.permutation(num_pages), np.cumsum(pages_of)[:-1])
         for row, pages in enumerate(order):
             table[row, : pages.size] = pages
-        pool_shape = (num_pages, self.shape.num_kv_heads, 2, self.page_size, self.shape.head_dim)
+        pool_shape = (num_pages, self.shape.num_kv_heads, 2, page_size, self.shape.head_dim)
         q_shape = (sum(self.query_lens), self.shape.num_heads, self.shape.head_dim)
         ragged = Ragged(
             page_table=jnp.asarray(table),
@@ -71,26 +84,48 @@ class Step:
         q, pool = (jax.random.normal(jax.random.key(i), s, jnp.bfloat16) for i, s in enumerate((q_shape, pool_shape)))
         return q, pool, ragged, num_pages
 
-    def seconds(self, implementation: str) -> float:
-        """Of one call of the op."""
-        q, pool, ragged, num_pages = self.arrays()
-        decode_only = all(length == 1 for length in self.query_lens)
+    def seconds(self, page_size: int, implementation: str) -> tuple[float, float]:
+        """Of one call of the op, and of one plan."""
+        q, pool, ragged, num_pages = self.arrays(page_size)
 
         @jax.jit
-        def run(q: jax.Array, pool: jax.Array, ragged: Ragged) -> jax.Array:
-            shared = plan(
+        def make_plan(ragged: Ragged) -> Plan:
+            return plan(
                 ragged,
                 num_tokens=q.shape[0],
                 num_pages=num_pages,
-                page_size=self.page_size,
-                decode_only=decode_only,
+                page_size=page_size,
+                decode_only=self.decode_only,
                 implementation=implementation,
             )
-            for _ in range(CALLS):
-                q = ragged_paged_attention(q, pool, shared, jnp.int32(0), scale=self.shape.head_dim**-0.5)
+
+        @jax.jit  # by itself, so that it is traced and lowered once
+        def once(q: jax.Array, pool: jax.Array, shared: Plan) -> jax.Array:
+            return ragged_paged_attention(q, pool, shared, jnp.int32(0), scale=self.shape.head_dim**-0.5)
+
+        @jax.jit
+        def attend(q: jax.Array, pool: jax.Array, shared: Plan) -> jax.Array:
+            for _ in range(self.calls):
+                q = once(q, pool, shared)
             return q
 
-        return best_of(lambda: run(q, pool, ragged)) / CALLS
+        shared = make_plan(ragged)
+        return best_of(lambda: attend(q, pool, shared)) / self.calls, best_of(lambda: make_plan(ragged).slots)
+
+
+def cases() -> Iterator[Case]:
+    """What is timed: the steps that the project's targets name, and some beside them."""
+    random = np.random.default_rng(0)
+    for rows, length in ((256, 1024), (128, 1024), (64, 4096), (32, 1024), (8, 8192), (1, 8192), (1, 1024), (256, 256)):
+        yield Case(f"{rows} x {length}", [length] * rows, [1] * rows)
+    lens = np.clip(random.lognormal(6, 1, 256).astype(int), 16, 8000).tolist()
+    yield Case("256, log-normal", lens, [1] * len(lens))
+    ragged = np.random.default_rng(0).integers(64, 1025, 15).tolist()
+    for name, lens in (("1 x 4096", [4096]), ("1 x 8192", [8192]), ("2 x 2048", [2048] * 2), ("16 x 512", [512] * 16)):
+        yield Case(name, lens, lens)
+    yield Case("15 x 64..1024", ragged, ragged)
+    yield Case("512 after 3584", [4096], [512])
+    yield Case("1 x 4096, head 256", [4096], [4096], SHAPES["gemma3-4b"])
 
 
 def best_of(call: Callable[[], jax.Array]) -> float:
@@ -106,49 +141,87 @@ def best_of(call: Callable[[], jax.Array]) -> float:
     return min(times)
 
 
-def measure(page_size: int, implementation: str) -> list[dict[str, Any]]:
-    """A row of figures for every case."""
-    rows = []
-    for name, lens in decode_cases().items():
-        seconds = Step(lens, [1] * len(lens), page_size).seconds(implementation)
-        moved = sum(lens) * MODEL.num_kv_heads * MODEL.head_dim * 2 * 2
-        rows.append(_row("decode", name, seconds, moved / seconds, PEAK_BYTES))
-    for name, lens in prefill_cases().items():
-        seconds = Step(lens, lens, page_size).seconds(implementation)
-        operations = sum(2 * length * (length + 1) * MODEL.num_heads * MODEL.head_dim for length in lens)
-        rows.append(_row("prefill", name, seconds, operations / seconds, PEAK_OPERATIONS))
-    return rows
+def measure(case: Case, page_size: int, implementation: str) -> dict[str, Any]:
+    """A row of figures."""
+    seconds, planning = case.seconds(page_size, implementation)
+    rate = case.work / seconds
+    return {
+        "us": seconds * 1e6,
+        "plan_us": planning * 1e6,
+        "per_s": rate,
+        "share_of_peak": rate / (PEAK_BYTES if case.decode_only else PEAK_OPERATIONS),
+    }
 
 
-def _row(kernel: str, name: str, seconds: float, rate: float, peak: float) -> dict[str, Any]:
-    print(f"{kernel} {name}: {seconds * 1e6:.1f} us, {rate / 1e9:,.0f} G/s", flush=True)
-    return {"kernel": kernel, "case": name, "us": seconds * 1e6, "per_s": rate, "share_of_peak": rate / peak}
+#: Longer and less regular than the shared mixes: cut rows, chunks, every remainder of a tile.
+RAGGED = Mix(((1, 1), (5000, 1), (700, 1), (2049, 1), (130, 130), (77, 9), (1500, 203), (64, 64), (515, 2)), 512, 16)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "": {},
+    "window": {"sliding_window": 100},
+    "cap": {"logits_soft_cap": 3.0},
+    "sinks": {"sinks": "by head"},
+}
 
 
-def errors(page_size: int, implementation: str) -> dict[str, float]:
-    """Relative error, by the norm, of every shared mix in bfloat16; unused slots hold NaN."""
-    found = {}
-    for name, mix in MIXES.items():
-        if not mix.rows:
-            continue
-        inputs = make_inputs(MODEL, mix, page_size=page_size, dtype=jnp.bfloat16)
+def checks() -> Iterator[tuple[str, Shape, Mix, str, dict[str, Any]]]:
+    """(name, shape, mix, dtype, options of the op) of what is compared with the reference."""
+    for name, mix in (*MIXES.items(), ("ragged", RAGGED)):
+        if mix.rows:
+            yield f"llama-8b, {name}", MODEL, mix, "bfloat16", {}
+    for name in ("qwen3-0.6b", "smollm2-135m", "mha", "mqa", "phi3-mini", "gemma3-4b"):
+        yield f"{name}, ragged", SHAPES[name], RAGGED, "bfloat16", {}
+    yield "llama-8b, ragged, float16", MODEL, RAGGED, "float16", {}
+    for name, options in OPTIONS.items():
+        if options:
+            yield f"qwen3-0.6b, ragged, {name}", SHAPES["qwen3-0.6b"], RAGGED, "bfloat16", options
+
+
+def error(
+    shape: Shape, mix: Mix, dtype: str, options: dict[str, Any], page_size: int, implementation: str
+) -> dict[str, Any]:
+    """Relative error, by the norm, of a step whose unused slots hold NaN: of all of it, and of each row by itself."""
+    inputs = make_inputs(shape, mix, page_size=page_size, dtype=jnp.dtype(dtype))
+    options = options | {"scale": shape.head_dim**-0.5}
+    if "sinks" in options:
+        options["sinks"] = jnp.linspace(-2.0, 3.0, shape.num_heads)
+
+    @jax.jit
+    def run(inputs_pool: jax.Array, ragged: Ragged) -> tuple[jax.Array, jax.Array]:
         shared = plan(
-            inputs.ragged,
+            ragged,
             num_tokens=mix.num_tokens,
             num_pages=inputs.num_pages,
             page_size=page_size,
             implementation=implementation,
         )
-        pool = write_kv(inputs.pool, inputs.k, inputs.v, shared, jnp.int32(1))
-        scale = MODEL.head_dim**-0.5
-        out = np.asarray(ragged_paged_attention(inputs.q, pool, shared, jnp.int32(1), scale=scale), np.float32)
-        wanted = reference.ragged_paged_attention(inputs.q, pool, inputs.ragged, 1, inputs.num_pages, scale=scale)
-        found[name] = float(np.linalg.norm(out - wanted) / np.linalg.norm(wanted))
-    return found
+        pool = write_kv(inputs_pool, inputs.k, inputs.v, shared, jnp.int32(1))
+        return ragged_paged_attention(inputs.q, pool, shared, jnp.int32(1), **options), pool
+
+    out, pool = run(inputs.pool, inputs.ragged)
+    out = np.asarray(out, np.float32)
+    wanted = reference.ragged_paged_attention(inputs.q, pool, inputs.ragged, 1, inputs.num_pages, **options)
+
+    def relative(tokens: slice) -> float:
+        return float(np.linalg.norm(out[tokens] - wanted[tokens]) / np.linalg.norm(wanted[tokens]))
+
+    starts = np.asarray(inputs.ragged.query_starts)
+    by_row = [relative(slice(starts[row], starts[row + 1])) for row in range(len(mix.rows))]
+    return {"error": relative(slice(None)), "worst_row": max(by_row), "row": list(mix.rows[int(np.argmax(by_row))])}
+
+
+def attempt(row: dict[str, Any], what: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The row with what the call returns, or with the reason why it returns nothing."""
+    try:
+        start = time.perf_counter()
+        row |= what() | {"with_compilation_s": round(time.perf_counter() - start, 1)}
+    except Exception as reason:  # of any kind: one case must not cost the others
+        row |= {"failed": f"{type(reason).__name__}: {reason}"[:500]}
+    print(row, flush=True)
+    return row
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the benchmark; argv[0] is the program's name. Returns the exit status.
+    """Runs the benchmark; argv[0] is the program's name. Returns the exit status: 1 when a case failed.
 
     Raises:
         UsageError: the command line is wrong.
@@ -157,19 +230,34 @@ def main(argv: Sequence[str]) -> int:
     here = {"flag_values": flag_values, "module_name": "kernels"}
     absl_flags.DEFINE_integer("page_size", 64, "Tokens in a page.", lower_bound=16, **here)
     absl_flags.DEFINE_string("implementation", "auto", "Of the op: auto, gpu or xla.", **here)
+    absl_flags.DEFINE_string("only", "", "Only cases whose kernel and name match this expression.", **here)
     absl_flags.DEFINE_string("out", None, "Results file to write (JSON).", **here)
     if not program.parse(flag_values, "benchmarks.kernels", __doc__, argv[1:]):
         return 0
     page_size, implementation = flag_values["page_size"].value, flag_values["implementation"].value
-    rows, error = measure(page_size, implementation), errors(page_size, implementation)
-    cells = [[f"{r['kernel']} {r['case']}", f"{r['us']:.1f}", f"{r['per_s'] / 1e12:.2f}"] for r in rows]
+    only, out = flag_values["only"].value, flag_values["out"].value
+    fields = {"page_size": page_size, "implementation": implementation, "rows": [], "relative_error": []}
+    document = report.document("benchmarks.kernels", argv, device=report.jax_device(), **fields)
+
+    def record(part: str, row: dict[str, Any], what: Callable[[], dict[str, Any]]) -> None:
+        document[part].append(attempt(row, what))
+        if out:
+            report.write(out, document)
+
+    for case in cases():
+        if re.search(only, f"{case.kernel} {case.name}"):
+            row = {"kernel": case.kernel, "case": case.name}
+            record("rows", row, lambda case=case: measure(case, page_size, implementation))
+    for name, *case in checks():
+        if re.search(only, f"check {name}"):
+            row = {"case": name}
+            record("relative_error", row, lambda case=case: error(*case, page_size, implementation))
+    rows, errors = document["rows"], document["relative_error"]
+    cells = [[f"{r['kernel']} {r['case']}", f"{r['us']:.1f}", f"{r['per_s'] / 1e12:.2f}"] for r in rows if "us" in r]
     print("\n" + report.table([["", "us", "T/s"], *cells]))
-    print("\n" + report.table([["relative error", ""], *([name, f"{value:.1e}"] for name, value in error.items())]))
-    if flag_values["out"].value:
-        fields = {"page_size": page_size, "implementation": implementation, "rows": rows, "relative_error": error}
-        document = report.document("benchmarks.kernels", argv, device=report.jax_device(), **fields)
-        report.write(flag_values["out"].value, document)
-    return 0
+    cells = [[row["case"], f"{row['error']:.1e}" if "error" in row else row["failed"]] for row in errors]
+    print("\n" + report.table([["relative error", ""], *cells]))
+    return int(any("failed" in row for row in (*rows, *errors)))
 
 
 if __name__ == "__main__":

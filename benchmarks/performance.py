@@ -87,6 +87,8 @@ def kernels() -> list[list[str]]:
     """A row for each case of benchmarks.kernels."""
     rows = [["kernel", "us", "rate", "share of peak"]]
     for row in (load("h100_kernels") or {"rows": []})["rows"]:
+        if "failed" in row:
+            continue
         rate = f"{row['per_s'] / 1e9:,.0f} GB/s" if row["kernel"] == "decode" else f"{row['per_s'] / 1e12:,.0f} TFLOP/s"
         rows.append([f"{row['kernel']} {row['case']}", f"{row['us']:.1f}", rate, f"{row['share_of_peak']:.0%}"])
     return rows

@@ -26,6 +26,8 @@ SHAPES = {
     "smollm2-135m": Shape(9, 3, 64),
     "llama-8b": Shape(32, 8, 128),
     "qwen3-0.6b": Shape(16, 8, 128),
+    "phi3-mini": Shape(32, 32, 96),
+    "gemma3-4b": Shape(8, 4, 256),
     "mha": Shape(8, 8, 64),
     "mqa": Shape(8, 1, 64),
 }
