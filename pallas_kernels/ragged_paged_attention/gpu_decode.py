@@ -30,6 +30,7 @@ from pallas_kernels.ragged_paged_attention.gpu_tiles import (
     add_values,
     clear_unwritten,
     scale_scores,
+    swizzle,
     transforms,
     update_softmax,
 )
@@ -108,14 +109,14 @@ class _Sizes:
         return -(-self.group // 8) * 8
 
     @property
+    def staged_rows(self) -> int:
+        """The same, rounded up to what a warpgroup copies at once."""
+        return -(-self.group // 32) * 32
+
+    @property
     def stages(self) -> int:
         """Key and value tiles in flight."""
         return 4 if self.head_dim <= 128 else 2
-
-    @property
-    def q_slots(self) -> int:
-        """Query tiles in shared memory."""
-        return 2 if self.head_dim <= 128 else 1
 
 
 def decode(
@@ -127,13 +128,10 @@ def decode(
     group = num_heads // num_kv_heads
     most = max_splits(num_rows, -(-table.shape[1] * page_size // tiles.block), tiles)
     sizes = _Sizes(num_kv_heads, group, head_dim, page_size, most, q.dtype, options._replace(sinks=None), tiles)
-    padding = ((0, 0), (0, 0), (0, sizes.padded_group - group), (0, 0))
-    queries = jnp.pad(q.reshape(num_rows, num_kv_heads, group, head_dim), padding)
     pieces = num_rows * most
     run = plgpu.kernel(
         functools.partial(_entry, sizes),
         out_type=(
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((pieces, num_heads, head_dim), q.dtype),
             jax.ShapeDtypeStruct((pieces, num_kv_heads, sizes.padded_group), jnp.float32),
         ),
@@ -144,34 +142,38 @@ def decode(
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
     first = jnp.reshape(first_page, (1,)).astype(jnp.int32)
-    out, parts, lse = run(queries, pool, table, work.rows, work.shares, first)
+    parts, lse = run(q, pool, table, work.rows, work.shares, first)
     if most == 1 and options.sinks is None:
-        return out
-    lse = lse.reshape(num_rows, most, num_kv_heads, -1)[..., :group].reshape(num_rows, most, num_heads)
-    parts = parts.reshape(num_rows, most, num_heads, head_dim)
-    return _merge(out, parts, lse, work.rows[:, 1], options.sinks)
+        return parts
+    lse = lse[..., :group].reshape(num_rows, most, num_heads)
+    merged = _merge(parts.reshape(num_rows, most, num_heads, head_dim), lse, work.rows[:, 1], options.sinks)
+    return merged.astype(q.dtype)
 
 
-def _merge(out, parts, lse, splits, sinks):
-    """The rows' results from those of their pieces [D, S, N, H]; lse [D, S, N] is in base 2."""
-    real = jnp.arange(lse.shape[1]) < splits[:, None]
-    lse = jnp.where(real[:, :, None], lse, MASKED)
-    top = lse.max(axis=1, keepdims=True)
-    weights = jnp.exp2(lse - top)
-    total = weights.sum(axis=1, keepdims=True)
+def _merge(parts, lse, splits, sinks):
+    """The rows' results from those of their pieces [D, S, N, H]; lse [D, S, N] is in base 2.
+
+    Written piece by piece, without sums over an axis, so that XLA makes two small kernels of it.
+    """
+    rows, most = lse.shape[:2]
+    # A piece that is not there weighs nothing; in its place the last one is read, again and so from the cache.
+    there = [jnp.minimum(piece, splits - 1) for piece in range(most)]
+    parts = [parts[jnp.arange(rows), piece].astype(jnp.float32) for piece in there]
+    real = [(piece < splits)[:, None] for piece in range(most)]
+    lse = [jnp.where(real[piece], lse[:, piece], MASKED)[..., None] for piece in range(most)]
+    top = functools.reduce(jnp.maximum, lse)
+    weights = [jnp.exp2(piece - top) for piece in lse]
+    total = functools.reduce(jnp.add, weights)
     if sinks is not None:
-        total = total + jnp.exp2(sinks.astype(jnp.float32) * LOG2E - top)
-    weights = weights / total
-    single = out.astype(jnp.float32) * weights[:, 0, :, None] if sinks is not None else out.astype(jnp.float32)
-    parts = jnp.where(real[:, :, None, None], parts, 0).astype(jnp.float32)
-    merged = (parts * weights[..., None]).sum(axis=1)
-    return jnp.where((splits > 1)[:, None, None], merged, single).astype(out.dtype)
+        total = total + jnp.exp2(sinks.astype(jnp.float32)[:, None] * LOG2E - top)
+    merged = functools.reduce(jnp.add, [part * weight for part, weight in zip(parts, weights, strict=True)])
+    return merged / jnp.where(total > 0, total, 1)
 
 
 def _entry(sizes: _Sizes, *refs):
     """Allocates shared memory and barriers, then runs the two warpgroups."""
     rows, block, width = WARPGROUP_ROWS, sizes.tiles.block, sizes.head_dim
-    stages, slots = sizes.stages, sizes.q_slots
+    stages = sizes.stages
     layout = transforms(width)
     copies = max(block // sizes.page_size, 1)
     # The interpreter's way needs the probabilities in shared memory; the other has no use for them.
@@ -185,14 +187,15 @@ def _entry(sizes: _Sizes, *refs):
 
     pl.run_scoped(
         run,
-        plgpu.SMEM((slots, rows, width), sizes.dtype, transforms=layout),
+        plgpu.SMEM((sizes.staged_rows, width), sizes.dtype),
+        plgpu.SMEM((rows, width), sizes.dtype, transforms=layout),
         plgpu.SMEM((stages, block, width), sizes.dtype, transforms=layout),
         plgpu.SMEM((stages, block, width), sizes.dtype, transforms=layout),
         plgpu.SMEM((rows, width), sizes.dtype),
         plgpu.SMEM((rows,), jnp.float32),
         plgpu.SMEM((p_rows, block), sizes.dtype, transforms=transforms(block)),
-        plgpu.Barrier(num_barriers=slots),
-        plgpu.Barrier(num_barriers=slots),
+        plgpu.Barrier(),
+        plgpu.Barrier(),
         plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
         plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
         plgpu.Barrier(num_barriers=stages),
@@ -202,8 +205,13 @@ def _entry(sizes: _Sizes, *refs):
 
 
 class _Shared(NamedTuple):
-    """Shared memory of a thread block, and the barriers that hand its parts over."""
+    """Shared memory of a thread block, and the barriers that hand its parts over.
 
+    Queries come into `staging`: the copy engine writes the tensor cores' layout only by eight rows at multiples of
+    eight, and the query heads of a kv head may be any number.
+    """
+
+    staging: Any
     q: Any
     k: Any
     v: Any
@@ -283,17 +291,17 @@ def _fetch(sizes: _Sizes, refs, memory: _Shared):
             )
         return step + 1
 
-    def visit(index, item, step):
-        slot = lax.rem(index, jnp.int32(sizes.q_slots))
-        plgpu.barrier_wait(memory.q_free.at[slot])
-        here = pl.ds(0, sizes.padded_group)
-        plgpu.copy_gmem_to_smem(q_ref.at[item.row, item.head], memory.q.at[slot, here], memory.q_full.at[slot])
+    def visit(index, item, carry):
+        pl.when(index > 0)(lambda: plgpu.barrier_wait(memory.q_free))
+        source = q_ref.at[item.row, pl.ds(item.head * sizes.group, sizes.group)]
+        plgpu.copy_gmem_to_smem(source, memory.staging.at[pl.ds(0, sizes.group)], memory.q_full)
         last_page = lax.div(item.length - 1, jnp.int32(page_size))
-        return lax.fori_loop(
-            item.begin, item.end, lambda tile, step: load(item.row, item.head, last_page, tile, step), step
+        step = lax.fori_loop(
+            item.begin, item.end, lambda tile, step: load(item.row, item.head, last_page, tile, step), carry[0]
         )
+        return step, index + 1
 
-    steps = _for_items(sizes, rows_ref, shares_ref, visit, jnp.int32(0))
+    steps, items = _for_items(sizes, rows_ref, shares_ref, visit, (jnp.int32(0), jnp.int32(0)))
 
     # Nobody may leave while arrivals are outstanding.
     @pl.loop(jnp.maximum(steps - stages, 0), steps)
@@ -302,25 +310,24 @@ def _fetch(sizes: _Sizes, refs, memory: _Shared):
         plgpu.barrier_wait(memory.k_free.at[stage])
         plgpu.barrier_wait(memory.v_free.at[stage])
 
-    for slot in range(sizes.q_slots):
-        plgpu.barrier_wait(memory.q_free.at[slot])
+    pl.when(items > 0)(lambda: plgpu.barrier_wait(memory.q_free))
 
 
 def _compute(sizes: _Sizes, refs, memory: _Shared):
     """The compute warpgroup: online softmax over each item's tiles, then its result to device memory."""
     plgpu.set_max_registers(232, action="increase")
-    *_, rows_ref, shares_ref, _, out_ref, parts_ref, lse_ref = refs
+    *_, rows_ref, shares_ref, _, parts_ref, lse_ref = refs
     rows, width = WARPGROUP_ROWS, sizes.head_dim
-    # Rows past the group stay zero for good.
-    for slot in range(sizes.q_slots):
-        memory.q[slot] = plgpu.layout_cast(jnp.zeros((rows, width), sizes.dtype), plgpu.Layout.WGMMA)
-    plgpu.commit_smem()
-    for slot in range(sizes.q_slots):
-        plgpu.barrier_arrive(memory.q_free.at[slot])
+    # What rows past the group hold does not matter: what comes of them is never stored.
+    memory.q[...] = plgpu.layout_cast(jnp.zeros((rows, width), sizes.dtype), plgpu.Layout.WGMMA)
+    own = pl.ds(0, sizes.staged_rows)
+    copying = plgpu.Layout.SMEM_GMEM_COPY((sizes.staged_rows, width), sizes.dtype, swizzle(width))
 
     def visit(index, item, step):
-        slot = lax.rem(index, jnp.int32(sizes.q_slots))
-        plgpu.barrier_wait(memory.q_full.at[slot])
+        plgpu.barrier_wait(memory.q_full)
+        memory.q[own] = plgpu.load(memory.staging, layout=copying)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(memory.q_free)
         statistic = plgpu.Layout.WGMMA.reduce(1)
         acc = plgpu.layout_cast(jnp.zeros((rows, width), jnp.float32), plgpu.Layout.WGMMA)
         top = plgpu.layout_cast(jnp.full((rows,), MASKED, jnp.float32), statistic)
@@ -328,18 +335,17 @@ def _compute(sizes: _Sizes, refs, memory: _Shared):
         acc, top, total, step = lax.fori_loop(
             item.begin,
             item.end,
-            lambda tile, carry: _attend_tile(sizes, memory, slot, item.length, tile, carry),
+            lambda tile, carry: _attend_tile(sizes, memory, item.length, tile, carry),
             (acc, top, total, step),
         )
-        plgpu.barrier_arrive(memory.q_free.at[slot])
-        _store(sizes, memory, item, acc, top, total, out_ref, parts_ref, lse_ref)
+        _store(sizes, memory, item, acc, top, total, parts_ref, lse_ref)
         return step
 
     _for_items(sizes, rows_ref, shares_ref, visit, jnp.int32(0))
     plgpu.wait_smem_to_gmem(0)
 
 
-def _attend_tile(sizes: _Sizes, memory: _Shared, slot, length, tile, carry):
+def _attend_tile(sizes: _Sizes, memory: _Shared, length, tile, carry):
     """One step of online softmax: scores of a key tile, then their weights times the value tile."""
     acc, top, total, step = carry
     rows, block, options = WARPGROUP_ROWS, sizes.tiles.block, sizes.options
@@ -347,7 +353,7 @@ def _attend_tile(sizes: _Sizes, memory: _Shared, slot, length, tile, carry):
     plgpu.barrier_wait(memory.k_full.at[stage])
 
     def multiply_keys(scores):
-        plgpu.wgmma(scores, memory.q.at[slot], memory.k.at[stage].transpose((1, 0)))
+        plgpu.wgmma(scores, memory.q, memory.k.at[stage].transpose((1, 0)))
         return scores[...]
 
     scores = pl.run_scoped(multiply_keys, plgpu.ACC((rows, block), jnp.float32))
@@ -366,8 +372,8 @@ def _attend_tile(sizes: _Sizes, memory: _Shared, slot, length, tile, carry):
     return acc, top, total, step + 1
 
 
-def _store(sizes: _Sizes, memory: _Shared, item: _Item, acc, top, total, out_ref, parts_ref, lse_ref):
-    """Writes an item's result: to its row where that is one piece, else among the pieces."""
+def _store(sizes: _Sizes, memory: _Shared, item: _Item, acc, top, total, parts_ref, lse_ref):
+    """Writes an item's result, and the logarithm of what its weights sum to."""
     group = sizes.group
     inverse = jnp.where(total > 0, 1.0 / jnp.maximum(total, 1e-30), 0.0)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the item before
@@ -375,8 +381,6 @@ def _store(sizes: _Sizes, memory: _Shared, item: _Item, acc, top, total, out_ref
     memory.lse[...] = jnp.where(total > 0, top + jnp.log2(jnp.maximum(total, 1e-30)), MASKED)
     plgpu.commit_smem()
     piece = item.row * sizes.max_splits + item.split
-    heads = pl.ds(item.head * group, group)
     source = memory.out.at[pl.ds(0, group)]
-    pl.when(item.splits == 1)(lambda: plgpu.copy_smem_to_gmem(source, out_ref.at[item.row, heads]))
-    pl.when(item.splits > 1)(lambda: plgpu.copy_smem_to_gmem(source, parts_ref.at[piece, heads]))
+    plgpu.copy_smem_to_gmem(source, parts_ref.at[piece, pl.ds(item.head * group, group)])
     plgpu.copy_smem_to_gmem(memory.lse.at[pl.ds(0, sizes.padded_group)], lse_ref.at[piece, item.head])

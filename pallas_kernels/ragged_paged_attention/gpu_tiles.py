@@ -50,10 +50,15 @@ HOPPER = Tiles()
 INTERPRETED = Tiles(num_workers=2, prefill_block=64, registers=False)
 
 
+def swizzle(head_dim: int) -> int:
+    """Bytes of the pattern that `transforms` lays 16-bit rows of `head_dim` in."""
+    return 128 if head_dim % 64 == 0 else 64
+
+
 def transforms(head_dim: int) -> tuple:
     """The layout in shared memory that the tensor cores read 16-bit rows of `head_dim` in."""
-    width = 64 if head_dim % 64 == 0 else 32
-    return (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(2 * width))
+    width = swizzle(head_dim)
+    return (plgpu.TilingTransform((8, width // 2)), plgpu.SwizzleTransform(width))
 
 
 def supports(head_dim: int, dtype, page_size: int) -> bool:
