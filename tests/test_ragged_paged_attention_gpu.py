@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ragged_paged_attention import Device, plan, ragged_paged_attention, reference, write_kv
 from pallas_kernels.ragged_paged_attention.cases import Mix, Shape, make_inputs
-from pallas_kernels.ragged_paged_attention.gpu_decode import max_splits, plan_decode
+from pallas_kernels.ragged_paged_attention.gpu_decode import max_splits, merge, plan_decode
 from pallas_kernels.ragged_paged_attention.gpu_tiles import HOPPER
 
 LAYER = 1
@@ -49,6 +49,28 @@ def test_decode_with_every_option():
     sinks = jnp.asarray([-1.0, 2.0])
     options = {"sliding_window": 100, "logits_soft_cap": 3.0, "sinks": sinks, "scale": 0.2}
     _check(Shape(2, 1, 64), Mix(((150, 1), (99, 1)), 2, 2), **options)
+
+
+@pytest.mark.long
+def test_decode_of_a_window_that_leaves_pieces_empty():
+    _check(Shape(2, 1, 64), Mix(((700, 1), (30, 1)), 2, 2), sliding_window=100)
+
+
+@pytest.mark.parametrize("sinks", [None, np.array([0.5, -3.0], np.float32)], ids=["plain", "sinks"])
+def test_merging_takes_the_pieces_that_exist_and_no_others(sinks):
+    rng = np.random.default_rng(0)
+    rows, most, heads, size = 5, 4, 2, 8
+    splits = np.array([1, 4, 2, 3, 1])
+    parts, lse = rng.standard_normal((rows, most, heads, size)), 20 * rng.standard_normal((rows, most, heads))
+    there = np.arange(most) < splits[:, None]
+    parts[~there], lse[~there] = np.nan, np.nan
+    arrays = [jnp.asarray(x, jnp.float32) for x in (parts, lse)]
+    out = np.asarray(merge(*arrays, jnp.asarray(splits), None if sinks is None else jnp.asarray(sinks)))
+    for row in range(rows):
+        weights = np.exp2(lse[row, : splits[row]])
+        total = weights.sum(axis=0) + (0 if sinks is None else np.exp(sinks))
+        wanted = (weights[..., None] * parts[row, : splits[row]]).sum(axis=0) / total[:, None]
+        np.testing.assert_allclose(out[row], wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.long

@@ -146,11 +146,11 @@ def decode(
     if most == 1 and options.sinks is None:
         return parts
     lse = lse[..., :group].reshape(num_rows, most, num_heads)
-    merged = _merge(parts.reshape(num_rows, most, num_heads, head_dim), lse, work.rows[:, 1], options.sinks)
+    merged = merge(parts.reshape(num_rows, most, num_heads, head_dim), lse, work.rows[:, 1], options.sinks)
     return merged.astype(q.dtype)
 
 
-def _merge(parts, lse, splits, sinks):
+def merge(parts, lse, splits, sinks):
     """The rows' results from those of their pieces [D, S, N, H]; lse [D, S, N] is in base 2.
 
     Written piece by piece, without sums over an axis, so that XLA makes two small kernels of it.
