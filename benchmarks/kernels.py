@@ -252,12 +252,16 @@ def main(argv: Sequence[str]) -> int:
         if re.search(only, f"check {name}"):
             row = {"case": name}
             record("relative_error", row, lambda case=case: error(*case, page_size, implementation))
-    rows, errors = document["rows"], document["relative_error"]
+    show(document["rows"], document["relative_error"])
+    return int(any("failed" in row for row in (*document["rows"], *document["relative_error"])))
+
+
+def show(rows: list[dict[str, Any]], errors: list[dict[str, Any]]) -> None:
+    """Prints both tables."""
     cells = [[f"{r['kernel']} {r['case']}", f"{r['us']:.1f}", f"{r['per_s'] / 1e12:.2f}"] for r in rows if "us" in r]
     print("\n" + report.table([["", "us", "T/s"], *cells]))
     cells = [[row["case"], f"{row['error']:.1e}" if "error" in row else row["failed"]] for row in errors]
     print("\n" + report.table([["relative error", ""], *cells]))
-    return int(any("failed" in row for row in (*rows, *errors)))
 
 
 if __name__ == "__main__":
