@@ -31,6 +31,7 @@ from serving import flags
 
 ABORTED_SHARE = 0.1
 PROMPT, OUTPUT = 24, 24
+MAX_RUNNING = 64
 #: Memory may move by this much while nothing leaks: caches fill, the allocator keeps what it had.
 MEMORY_SLACK = 1.10
 CANARY = {"prompt": "The capital of France is", "max_tokens": 12, "temperature": 0}
@@ -91,11 +92,12 @@ def _server(words: str) -> Iterator[tuple[subprocess.Popen, str]]:
 
 
 async def _soak(pid: int, url: str, options: Options) -> dict[str, Any]:
-    async with aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0)) as session:
+    patient = aiohttp.ClientTimeout(total=None)
+    async with aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0), timeout=patient) as session:
         canary = await _canary(session)
         capacity = await _capacity(session)
         samples = [await _sample(session, pid, 0.0)]
-        counts = {"finished": 0, "left": 0, "failed": 0}
+        counts = {"finished": 0, "left": 0, "failed": 0, "held_back": 0}
         problems: set[str] = set()
         started = time.perf_counter()
         load = asyncio.create_task(_load(session, capacity * options.load, started + options.minutes * 60, counts))
@@ -175,11 +177,18 @@ async def _capacity(session: aiohttp.ClientSession, clients: int = 8, each: int 
 
 
 async def _load(session: aiohttp.ClientSession, rate: float, until: float, counts: dict[str, int]) -> None:
-    """Poisson arrivals; every so-many-th client leaves."""
+    """Poisson arrivals; every so-many-th client leaves. Where the machine has become slower than it was when its
+    capacity was measured, arrivals beyond a bound are counted and not sent: else the queue would grow without one."""
     random = np.random.default_rng(0)
+    running: set[asyncio.Task[None]] = set()
     async with asyncio.TaskGroup() as group:
         while time.perf_counter() < until:
-            group.create_task(_request(session, random, random.random() < ABORTED_SHARE, counts))
+            if len(running) < MAX_RUNNING:
+                task = group.create_task(_request(session, random, random.random() < ABORTED_SHARE, counts))
+                running.add(task)
+                task.add_done_callback(running.discard)
+            else:
+                counts["held_back"] += 1
             await asyncio.sleep(random.exponential(1 / rate))
 
 

@@ -20,25 +20,31 @@ from benchmarks import program, report
 from jax_engine import EngineConfig, SamplingParams, StructuredOutputsParams
 from jax_engine.engine import Engine
 from jax_engine.models.shapes import NAMED_SHAPES
+from jax_engine.request import Request
 from jax_engine.sampling_params import RequestOutputKind
 from jax_engine.start import start_engine
 from jax_engine.testing.byte_tokenizer import ByteTokenizer
 from serving import flags
 from serving.commands import common
 
-_ITEM = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string", "maxLength": 40},
-        "kind": {"enum": ["river", "lake", "sea", "ocean"]},
-        "length_km": {"type": "integer", "minimum": 0, "maximum": 100000},
-        "tags": {"type": "array", "items": {"type": "string", "maxLength": 12}, "maxItems": 3},
-    },
-    "required": ["name", "kind", "length_km", "tags"],
-    "additionalProperties": False,
-}
-SCHEMA = {"type": "array", "items": _ITEM, "minItems": 1000}
 MODES = ("plain", "half", "structured")
+
+
+def schema(bounded: bool) -> dict[str, Any]:
+    """A list of records. bounded: its texts have a greatest length, which costs a mask several times as much."""
+    name, tag = ({"maxLength": 40}, {"maxLength": 12}) if bounded else ({}, {})
+    item = {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", **name},
+            "kind": {"enum": ["river", "lake", "sea", "ocean"]},
+            "length_km": {"type": "integer", "minimum": 0, "maximum": 100000},
+            "tags": {"type": "array", "items": {"type": "string", **tag}, "maxItems": 3},
+        },
+        "required": ["name", "kind", "length_km", "tags"],
+        "additionalProperties": False,
+    }
+    return {"type": "array", "items": item, "minItems": 1000}
 
 
 class MadeUpTokenizer(ByteTokenizer):
@@ -68,6 +74,7 @@ def flag_set() -> absl_flags.FlagValues:
     absl_flags.DEFINE_integer("output", 128, "Output tokens of each.", lower_bound=2, **here)
     absl_flags.DEFINE_float("temperature", 1.0, "Of every request.", lower_bound=0, **here)
     absl_flags.DEFINE_integer("repeat", 3, "Timed runs of each mode.", lower_bound=1, **here)
+    absl_flags.DEFINE_boolean("bounded", True, "Texts in the schema have a greatest length.", **here)
     absl_flags.DEFINE_string("out", None, "Results file to write (JSON).", **here)
     return flag_values
 
@@ -80,14 +87,11 @@ class Job:
     prompt: int
     output: int
     temperature: float
+    bounded: bool
 
-    def run(self, engine: Engine, mode: str) -> dict[str, Any]:
-        """One run; its throughput and the host's time.
-
-        Raises:
-            RuntimeError: a request failed, or did not give the tokens asked for.
-        """
-        form = StructuredOutputsParams(json=SCHEMA, disable_any_whitespace=True)
+    def requests_of(self, engine: Engine, mode: str) -> list[Request]:
+        """The requests of one run."""
+        form = StructuredOutputsParams(json=schema(self.bounded), disable_any_whitespace=True)
         chance = random.Random(1)
         made = []
         for index in range(self.requests):
@@ -103,6 +107,15 @@ class Job:
             )
             prompt = [chance.randrange(256) for _ in range(self.prompt)]
             made.append(engine.make_request(f"{mode}{index}", prompt, params))
+        return made
+
+    def run(self, engine: Engine, mode: str) -> dict[str, Any]:
+        """One run; its throughput and the host's time.
+
+        Raises:
+            RuntimeError: a request failed, or did not give the tokens asked for.
+        """
+        made = self.requests_of(engine, mode)
         engine.metrics.reset()
         started = time.perf_counter()
         for request in made:
@@ -136,7 +149,7 @@ def main(argv: Sequence[str]) -> int:
     if config.model in NAMED_SHAPES:
         tokenizer = MadeUpTokenizer(NAMED_SHAPES[config.model]["vocab_size"])
     engine = start_engine(config, tokenizer)
-    job = Job(options["requests"], options["prompt"], options["output"], options["temperature"])
+    job = Job(**{field.name: options[field.name] for field in dataclasses.fields(Job)})
     runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in MODES}
     for mode in MODES:
         dataclasses.replace(job, output=4).run(engine, mode)
