@@ -5,6 +5,7 @@ load, and what clients see of it. Long, and needs the extra `ray`.
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -45,12 +46,21 @@ def url():
         port = free.getsockname()[1]
     environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "JAX_PLATFORMS": "cpu"}
     ray.init(num_cpus=4, include_dashboard=False, runtime_env={"env_vars": environment}, log_to_driver=False)
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    for _ in range(4):  # Serve gives its proxy a minute, which a busy machine may need twice
+        with contextlib.suppress(TimeoutError):
+            serve.start(http_options={"host": "127.0.0.1", "port": port})
+            break
     scaling = ray_app.RayOptions(max_replicas=2, requests_per_replica=4, num_cpus=0.5)
     serve.run(ray_app.deployment(slow_engine, ServerOptions(), scaling), name="engines")
+    until(lambda: listens(port), 120)
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
     ray.shutdown()
+
+
+def listens(port):
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 def engine_processes():
