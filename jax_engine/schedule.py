@@ -3,6 +3,7 @@
 Made by scheduler.py; read by the batch builder, the engine, and whoever records or replays decisions.
 """
 
+import functools
 from typing import NamedTuple
 
 from jax_engine.buckets import Bucket
@@ -16,6 +17,10 @@ class Row(NamedTuple):
     start: int
     count: int
     samples: bool  # the row reaches the sequence's end, so its last logits give a new token
+
+
+#: Row from a tuple of its fields, at half the price of calling Row: hundreds are made in every step.
+make_row = functools.partial(tuple.__new__, Row)
 
 
 class Preemption(NamedTuple):
@@ -62,6 +67,10 @@ class TokenDelta(NamedTuple):
     sequence: Sequence
     row: int
     token_id: int
+
+
+#: As make_row, for TokenDelta.
+make_delta = functools.partial(tuple.__new__, TokenDelta)
 
 
 #: What a step reports as the token of a row whose logits held a NaN.
