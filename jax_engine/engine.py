@@ -21,7 +21,7 @@ from jax_engine.metrics import Gauges, Metrics
 from jax_engine.output import OutputState, position_logprobs, unit_vector
 from jax_engine.request import FinishReason, Request, RequestMetrics, RequestOutput
 from jax_engine.request_queue import RequestQueue
-from jax_engine.schedule import NO_TOKEN_ALLOWED, Row, Schedule, TokenDelta
+from jax_engine.schedule import NO_TOKEN_ALLOWED, Copies, Row, Schedule, TokenDelta
 from jax_engine.scheduler import Scheduler
 from jax_engine.sequence import Sequence
 from jax_engine.step_log import StepLog
@@ -57,7 +57,7 @@ class Runner(Protocol):
 
     def sample(self, handle: Any, batch: Batch, mask: np.ndarray) -> None: ...
 
-    def copy_pages(self, schedule: Schedule) -> None: ...
+    def copy_pages(self, copies: Copies) -> None: ...
 
 
 class Engine:
@@ -215,8 +215,8 @@ class Engine:
     def _turn(self) -> list[RequestOutput]:
         outputs: list[RequestOutput] = []
         schedule = self._timed("schedule", self.scheduler.schedule, self.clock())
-        if schedule.swapped_out or schedule.swapped_in or schedule.dropped_tickets:
-            self._timed("dispatch", self._runner.copy_pages, schedule)
+        if (copies := schedule.copies) is not None:
+            self._timed("dispatch", self._runner.copy_pages, copies)
         self._note_decisions(schedule)
         if not schedule.rows:
             self.step_log.scheduled(schedule, None, self.scheduler, self.metrics.compiles_after_ready)
@@ -240,7 +240,7 @@ class Engine:
         result = self._timed("wait", handle.result)
         now = self.clock()
         self.metrics.histograms["step"].observe(self.timeline.add_result(now))
-        # What streams wait for: the device, and the host where it is the slower one. Nobody waits while there is no work.
+        # What streams wait for: the device, and the host where it is slower. While there is no work nobody waits.
         seconds = now - (schedule.time if self._last_result is None else self._last_result)
         outputs = self._timed("commit", self._commit, schedule, result, waits, seconds)
         self._last_result = now if self.has_work else None

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from jax_engine.kv_cache import KVCache
-from jax_engine.schedule import Schedule
+from jax_engine.schedule import Copies
 from jax_engine.swap_space import COPY_PAGES
 
 
@@ -33,25 +33,27 @@ class PageStore:
         self._kept: dict[int, list[Any]] = {}
         self._no_page = np.full(COPY_PAGES, num_pages, np.int32)
         ids = put(self._no_page)
-        here = _group_shardings(shapes, ids.sharding)
+        here = _group_shardings(shapes)
         there = jax.tree.map(_in_host_memory, here)
-        group = jax.eval_shape(functools.partial(_read, num_pages), shapes, ids)
+        sizes = num_pages, shapes.pool.sharding.mesh.size
+        group = jax.eval_shape(functools.partial(_read, *sizes), shapes, ids)
         group = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), group, there)
-        read = jax.jit(functools.partial(_read, num_pages), out_shardings=there)
-        write = jax.jit(functools.partial(_write, num_pages, here), donate_argnums=0)
+        read = jax.jit(functools.partial(_read, *sizes), out_shardings=there)
+        cache = jax.tree.map(lambda shape: shape.sharding, shapes)
+        write = jax.jit(functools.partial(_write, *sizes, here), out_shardings=cache, donate_argnums=0)
         self._read = read.lower(shapes, ids).compile()
         self._write = write.lower(shapes, group, ids).compile()
 
-    def copy(self, cache: KVCache, schedule: Schedule) -> KVCache:
+    def copy(self, cache: KVCache, copies: Copies) -> KVCache:
         """Enqueues a schedule's copies; the cache is donated and comes back."""
-        for ticket in schedule.dropped_tickets:
+        for ticket in copies.dropped_tickets:
             del self._kept[ticket]
-        for ticket, _, pages in schedule.swapped_out:
+        for ticket, _, pages in copies.swapped_out:
             self._kept[ticket] = [
                 self._read(cache, self._put(self._ids(pages[at : at + COPY_PAGES])))
                 for at in range(0, len(pages), COPY_PAGES)
             ]
-        for ticket, first, pages in schedule.swapped_in:
+        for ticket, first, pages in copies.swapped_in:
             # The first of them may have been found in the prefix cache; they are kept, but not copied.
             targets = [self.num_pages] * first + pages
             for number in range(first // COPY_PAGES, -(-len(targets) // COPY_PAGES)):
@@ -66,28 +68,30 @@ class PageStore:
         return ids
 
 
-def _read(num_pages: int, cache: KVCache, ids: Int[Array, " n"]) -> tuple[Array, Array]:
-    """The pages of all layers [L, n, ...], and their token ids [n, page_size]."""
-    return _by_layer(cache.pool, num_pages)[:, ids], cache.token_ids.reshape(num_pages, -1)[ids]
+def _read(num_pages: int, num_devices: int, cache: KVCache, ids: Int[Array, " n"]) -> tuple[Array, Array]:
+    """The pages of all layers [devices * L, n, ...], and their token ids [devices, n, page_size]."""
+    pool, token_ids = _by_page(cache, num_pages, num_devices)
+    return pool[:, ids], token_ids[:, ids]
 
 
-def _write(num_pages: int, here: Any, cache: KVCache, group: Any, ids: Int[Array, " n"]) -> KVCache:
+def _write(num_pages: int, num_devices: int, here: Any, cache: KVCache, group: Any, ids: Int[Array, " n"]) -> KVCache:
     """The cache with a group's pages written to `ids`; an id past the end is dropped."""
-    pool, token_ids = jax.device_put(group, here)
-    new_pool = _by_layer(cache.pool, num_pages).at[:, ids].set(pool, mode="drop")
-    new_ids = cache.token_ids.reshape(num_pages, -1).at[ids].set(token_ids, mode="drop")
-    return KVCache(new_pool.reshape(cache.pool.shape), new_ids.reshape(-1), cache.last_tokens)
+    both = zip(_by_page(cache, num_pages, num_devices), jax.device_put(group, here), strict=True)
+    pool, token_ids = (whole.at[:, ids].set(part, mode="drop") for whole, part in both)
+    return KVCache(pool.reshape(cache.pool.shape), token_ids.reshape(-1), cache.last_tokens)
 
 
-def _by_layer(pool: Array, num_pages: int) -> Array:
-    return pool.reshape(-1, num_pages, *pool.shape[1:])
+def _by_page(cache: KVCache, num_pages: int, num_devices: int) -> tuple[Array, Array]:
+    """Pool and token ids with an axis of pages, the second; what the devices have lies side by side along the first."""
+    pool = cache.pool.reshape(-1, num_pages, *cache.pool.shape[1:])
+    return pool, cache.token_ids.reshape(num_devices, num_pages, -1)
 
 
-def _group_shardings(shapes: KVCache, replicated: Any) -> tuple[Any, Any]:
-    """Where the two arrays of a group lie on the device: over the devices as the pool is."""
-    pool = shapes.pool.sharding
-    spec = PartitionSpec(None, None, *pool.spec[1:])
-    return NamedSharding(pool.mesh, spec), replicated
+def _group_shardings(shapes: KVCache) -> tuple[Any, Any]:
+    """Where the two arrays of a group lie on the devices: each has its own part of a page."""
+    mesh, spec = shapes.pool.sharding.mesh, shapes.pool.sharding.spec
+    by_device = PartitionSpec(*spec[:1])
+    return NamedSharding(mesh, by_device), NamedSharding(mesh, by_device)
 
 
 def _in_host_memory(sharding: Any) -> Any:

@@ -42,6 +42,14 @@ class PageCopy(NamedTuple):
     pages: list[int]
 
 
+class Copies(NamedTuple):
+    """Pages to copy before a step, those to the host before those from it; and tickets that are of no more use."""
+
+    swapped_out: list[PageCopy]
+    swapped_in: list[PageCopy]
+    dropped_tickets: list[int]
+
+
 class Schedule(NamedTuple):
     """One step's work, rows of a single token first, and every decision that led to it.
 
@@ -59,6 +67,12 @@ class Schedule(NamedTuple):
     swapped_in: list[PageCopy]
     dropped_tickets: list[int]  # what the host keeps under these is of no more use
     time: float  # as it was told
+
+    @property
+    def copies(self) -> Copies | None:
+        """What is to be copied or dropped; None: nothing."""
+        copies = Copies(self.swapped_out, self.swapped_in, self.dropped_tickets)
+        return copies if any(copies) else None
 
 
 class TokenDelta(NamedTuple):

@@ -140,12 +140,12 @@ class Scheduler:
 
     def _schedule_decodes(self, work: Schedule) -> None:
         """One token for every running sequence that lacks just one."""
-        page_size = self.limits.page_size
-        rows = work.rows
+        page_size, rows = self.limits.page_size, work.rows
         charge = self._policy.charge if self._policy.charges else None
         for sequence in list(self._running):
             start = sequence.num_computed
             num_tokens = len(sequence.token_ids) + sequence.num_pending
+            # A victim of this very step lacks all its tokens, which are more than one.
             if num_tokens - start != 1 or num_tokens >= sequence.max_tokens_total:
                 continue
             if start >= len(sequence.pages) * page_size and not self._make_room(sequence, work):
@@ -172,8 +172,6 @@ class Scheduler:
 
     def _make_room(self, sequence: Sequence, work: Schedule) -> bool:
         """Gives a running sequence one more page, if need be at the cost of one that ranks behind it."""
-        if sequence.status is not Status.RUNNING:
-            return False  # a victim of this very step
         while not self.pool.num_free:
             if any(leaving.pages for leaving in self._leaving):
                 return False  # pages come back with a step in flight; no need to take anybody's

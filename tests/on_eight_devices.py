@@ -110,6 +110,15 @@ def test_async_is_sync_bit_for_bit_on_several_devices(two):
     assert list(map(content, got)) == list(map(content, want))
 
 
+def test_pages_of_several_devices_are_swapped_bit_for_bit():
+    modes = Modes(tensor_parallel_size=2, swap_space_gib=0.01, preemption_mode="swap", **ONE_BUCKET)
+    requests = random_requests(24, 16)
+    want = serve(modes.engine("sync", enable_prefix_caching=False), requests)
+    engine = modes.engine("async", 3, num_pages=17, enable_prefix_caching=False)
+    assert list(map(content, serve(engine, requests))) == list(map(content, want))
+    assert engine.metrics.preemptions_by_way["swap"] > 3
+
+
 @pytest.mark.parametrize("size", [4, pytest.param(1, marks=pytest.mark.long), pytest.param(8, marks=pytest.mark.long)])
 def test_an_orbax_folder_is_restored_to_any_number_of_devices(two, tmp_path, size):
     requests = [(prompt, SamplingParams(temperature=0, max_tokens=8)) for prompt, _ in random_requests(23, 3)]
