@@ -32,7 +32,7 @@ from serving import flags
 from serving.commands import common
 
 MS = 1e3
-VOCAB = 256  # ids below this are in every vocabulary
+VOCAB = 256  # prompts are of ids below this, which are in every vocabulary
 
 
 def flag_set() -> absl_flags.FlagValues:
@@ -74,7 +74,8 @@ class Bench:
         """A fresh engine whose limits differ in `changes`."""
         gc.collect()
         self.runner.limits = dataclasses.replace(self.limits, **changes)
-        return Engine(self.runner, None, vocab_size=VOCAB, eos_token_ids=(), config=self.config)
+        vocab_size = self.runner.model_config.vocab_size
+        return Engine(self.runner, None, vocab_size=vocab_size, eos_token_ids=(), config=self.config)
 
     def warm_up(self) -> None:
         """Runs some of everything once, untimed."""

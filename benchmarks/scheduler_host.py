@@ -141,7 +141,7 @@ def measure(
 
 
 def measure_idle() -> dict[str, Any]:
-    """Share of a core that an idle engine takes; microseconds until it is awake, and until it has answered one token."""
+    """Share of a core that an idle engine takes; microseconds until it is awake, and until it has answered."""
     limits = make_limits(4, 64, 2)
     runner = FakeRunner(limits, check=False)
     config = EngineConfig()

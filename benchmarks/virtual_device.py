@@ -10,6 +10,7 @@ import random
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from jax_engine.buckets import Bucket, buckets
 from jax_engine.config import EngineConfig, Limits, resolve
@@ -97,9 +98,10 @@ def cost_model(config: EngineConfig, limits: Limits) -> CostModel:
     return CostModel(header, list(map(cost, buckets(limits))), host, 0.0, Stalls(), num_steps=0, num_exact=0)
 
 
-def serve(arrivals: Sequence[Arrival], **options) -> tuple[list[Served], Engine]:
+def serve(arrivals: Sequence[Arrival], **options: Any) -> tuple[list[Served], Engine]:
     """Serves a trace; `options` are EngineConfig's. Returns what became of it, and the engine with its counters."""
-    config = EngineConfig(**({"max_model_len": 16384, "num_pages": 24_000} | options))
+    sizes: dict[str, Any] = {"max_model_len": 16384, "num_pages": 24_000}
+    config = EngineConfig(**(sizes | options))
     limits = resolve(config, MODEL, platform="gpu", num_pages=1)
     if config.swap_space_gib:
         limits = replace(

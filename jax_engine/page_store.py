@@ -1,8 +1,12 @@
 """PageStore: pages of preempted sequences, kept in host memory, and the two programs that copy them.
 
 model_runner.py makes one where there is swap space, and hands it each schedule's copies. Who is swapped, and how much
-fits, is decided by the scheduler. Nothing here waits: a copy is one more program in the device's line, so a page that
-is copied out holds what all steps before have written, and one that is copied in is there for all steps after.
+fits, is decided by the scheduler. Nothing here waits: reading and writing pages are programs in the device's line, so
+what is copied out is what all steps before have written, and what is copied in is there for all steps after.
+
+On the way out a program only gathers the pages on the device; their way to the host goes on beside the steps that
+follow. On the way in it cannot: XLA lets a transfer to the device begin when the programs before it have ended, as its
+memory may be theirs until then.
 """
 
 import functools
@@ -17,6 +21,10 @@ from jaxtyping import Array, Int
 from jax_engine.kv_cache import KVCache
 from jax_engine.schedule import Copies
 from jax_engine.swap_space import COPY_PAGES
+
+#: Groups that may wait on the device for their way to the host, of one schedule. Others are copied by the program that
+#: gathers them, which holds up the steps after it, but needs room for one group only.
+_MOST_BESIDE = 8
 
 
 class PageStore:
@@ -38,21 +46,31 @@ class PageStore:
         sizes = num_pages, shapes.pool.sharding.mesh.size
         group = jax.eval_shape(functools.partial(_read, *sizes), shapes, ids)
         group = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), group, there)
-        read = jax.jit(functools.partial(_read, *sizes), out_shardings=there)
         cache = jax.tree.map(lambda shape: shape.sharding, shapes)
         write = jax.jit(functools.partial(_write, *sizes, here), out_shardings=cache, donate_argnums=0)
-        self._read = read.lower(shapes, ids).compile()
+        self._there = there
+        # Arrays of which other processes hold parts are moved by programs only.
+        self._most_beside = _MOST_BESIDE if there != here and shapes.pool.sharding.is_fully_addressable else 0
+        self._gather, self._read = (
+            jax.jit(functools.partial(_read, *sizes), out_shardings=place).lower(shapes, ids).compile()
+            for place in (here, there)
+        )
         self._write = write.lower(shapes, group, ids).compile()
 
     def copy(self, cache: KVCache, copies: Copies) -> KVCache:
         """Enqueues a schedule's copies; the cache is donated and comes back."""
         for ticket in copies.dropped_tickets:
             del self._kept[ticket]
+        num_beside = 0
         for ticket, _, pages in copies.swapped_out:
-            self._kept[ticket] = [
-                self._read(cache, self._put(self._ids(pages[at : at + COPY_PAGES])))
-                for at in range(0, len(pages), COPY_PAGES)
-            ]
+            groups = self._kept[ticket] = []
+            for at in range(0, len(pages), COPY_PAGES):
+                ids = self._put(self._ids(pages[at : at + COPY_PAGES]))
+                if num_beside < self._most_beside:
+                    groups.append(jax.device_put(self._gather(cache, ids), self._there))
+                    num_beside += 1
+                else:
+                    groups.append(self._read(cache, ids))
         for ticket, first, pages in copies.swapped_in:
             # The first of them may have been found in the prefix cache; they are kept, but not copied.
             targets = [self.num_pages] * first + pages
