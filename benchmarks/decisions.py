@@ -4,10 +4,10 @@
 
 The counterpart of benchmarks/scheduling.py, which compares the same decisions in virtual time. `cache`: the prefix
 cache on conversations and on a shared system prompt. `preemption`: both ways back, from a pool that holds half of what
-runs; tokens are compared with those of a run that is never preempted. `gap`: the wait between two tokens of running
-streams while long prompts arrive, with and without the bound. `deterministic`: the price of one fixed bucket. Prompts
-are random token ids and output lengths are forced. All cases of an experiment run on the same compiled steps,
-`deterministic` on its own.
+runs; answers are compared with those of a run that is never preempted. `copies`: pages on their way to and from the
+host beside steps. `gap`: the wait between two tokens of running streams while long prompts arrive, with and without the
+bound. `deterministic`: the price of one fixed bucket. Prompts are random token ids and output lengths are forced. All
+cases of an experiment run on the same compiled steps, `deterministic` on its own.
 """
 
 import dataclasses
@@ -16,10 +16,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from absl import flags as absl_flags
 
 from benchmarks import program, report
+from jax_engine.batch import Batch, BatchLayout
+from jax_engine.buckets import buckets
 from jax_engine.config import EngineConfig
 from jax_engine.engine import Engine
 from jax_engine.metrics import PHASES
@@ -27,11 +30,15 @@ from jax_engine.model_runner import ModelRunner
 from jax_engine.planning import trace
 from jax_engine.planning.traffic import Seen, drive, figures
 from jax_engine.sampling_params import RequestOutputKind, SamplingParams
+from jax_engine.schedule import Copies, PageCopy
 from jax_engine.start import open_model
+from jax_engine.swap_space import COPY_PAGES
 from serving import flags
 from serving.commands import common
 
 MS = 1e3
+#: Of `copies`: as much as a long sequence has, and steps that take longer than that.
+NUM_GROUPS, NUM_STEPS, NUM_TRIES = 8, 24, 3
 VOCAB = 256  # prompts are of ids below this, which are in every vocabulary
 
 
@@ -191,6 +198,52 @@ def preemption(bench: Bench) -> dict[str, Any]:
     return results | {"prices": prices | {"page_tokens": bench.limits.page_size}}
 
 
+def copies(bench: Bench) -> dict[str, Any]:
+    """Milliseconds of steps without copies, of copies without steps, and of both together, each way."""
+    runner, limits = bench.runner, bench.limits
+    if not limits.num_swap_pages:
+        return {}
+    bucket = max(buckets(limits), key=lambda bucket: bucket.num_tokens)
+    layout = BatchLayout(bucket, limits.max_pages_per_seq)
+    packed = np.zeros(layout.size, np.int32)
+    layout.unpack(packed)["slots"][:] = limits.max_num_seqs  # padding, which costs what tokens cost
+    pages = list(range(min(NUM_GROUPS * COPY_PAGES, limits.num_pages)))
+    out = Copies([PageCopy(-1, 0, pages)], [], [])
+    back = Copies([], [PageCopy(-1, 0, pages)], [])
+
+    def steps(between: Copies | None) -> float:
+        """Milliseconds of some steps, with copies after the first of them; the best of some."""
+        times = []
+        for _ in range(NUM_TRIES):
+            started = time.perf_counter()
+            for number in range(NUM_STEPS):
+                handle = runner.dispatch(Batch(bucket, packed, None, None))
+                if number == 0 and between is not None:
+                    runner.copy_pages(between)
+            handle.result()
+            jax.block_until_ready(list(runner._page_store._kept.values()))
+            times.append((time.perf_counter() - started) * MS)
+        return min(times)
+
+    def alone(copies: Copies) -> float:
+        times = []
+        for _ in range(NUM_TRIES):
+            started = time.perf_counter()
+            runner.copy_pages(copies)
+            jax.block_until_ready((runner._cache.pool, list(runner._page_store._kept.values())))
+            times.append((time.perf_counter() - started) * MS)
+        return min(times)
+
+    page_bytes = runner._program.page_bytes(limits.page_size)
+    results = {"sizes": {"steps": NUM_STEPS, "gib": len(pages) * page_bytes / 2**30}, "steps": {"ms": steps(None)}}
+    for way, copy in (("out", out), ("in", back)):
+        own, both = alone(copy), steps(copy)
+        hidden = (results["steps"]["ms"] + own - both) / own
+        results[way] = {"copies_ms": own, "both_ms": both, "hidden_share": hidden}
+    runner.copy_pages(Copies([], [], [-1]))
+    return results
+
+
 def gap(bench: Bench) -> dict[str, Any]:
     """Milliseconds between two tokens of a stream, while prompts that are much longer come one after the other."""
     sizes, results = bench.sizes, {}
@@ -238,6 +291,7 @@ def deterministic(bench: Bench) -> dict[str, Any]:
 EXPERIMENTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "cache": cache,
     "preemption": preemption,
+    "copies": copies,
     "gap": gap,
     "deterministic": deterministic,
 }
