@@ -12,6 +12,7 @@ from checkpoints.formats import open_checkpoint
 from jax_engine.sampling_params import SamplingParams
 from tests.conftest import Modes
 from tests.test_engine import content, random_requests, serve
+from tests.test_preemption import random_requests as long_requests
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny"
 ONE_BUCKET = {"token_buckets": (24,), "decode_buckets": ()}
@@ -112,7 +113,7 @@ def test_async_is_sync_bit_for_bit_on_several_devices(two):
 
 def test_pages_of_several_devices_are_swapped_bit_for_bit():
     modes = Modes(tensor_parallel_size=2, swap_space_gib=0.01, preemption_mode="swap", **ONE_BUCKET)
-    requests = random_requests(24, 16)
+    requests = long_requests(24, 8)
     want = serve(modes.engine("sync", enable_prefix_caching=False), requests)
     engine = modes.engine("async", 3, num_pages=17, enable_prefix_caching=False)
     assert list(map(content, serve(engine, requests))) == list(map(content, want))
