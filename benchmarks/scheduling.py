@@ -107,7 +107,7 @@ def slo() -> dict[str, Any]:
     for policy in ("fcfs", "slo"):
         chance = random.Random(4)
         arrivals = []
-        for time in poisson(chance, 45, 40):
+        for time in poisson(chance, 75, 40):
             name = chance.choice(list(targets))
             arrivals.append(Arrival(time, tokens(chance, chance.randint(200, 1000)), 128, slo_class=name))
         served, _ = serve(arrivals, policy=policy, slo_classes=classes, prefill_tokens_per_s=40_000)

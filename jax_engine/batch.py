@@ -165,7 +165,7 @@ class BatchBuilder:
             self._set_slot(sequence)
         for sequence, first, pages in schedule.grown:
             self._page_table[sequence.slot, first : first + len(pages)] = pages
-        rows = schedule.rows
+        rows, num_single = schedule.rows, schedule.num_single
         num_rows = len(rows)
         bucket = schedule.bucket
         assert bucket is not None
@@ -177,21 +177,22 @@ class BatchBuilder:
 
         slots = np.array([row[0].slot for row in rows], np.int32)  # by index: a third faster than by name
         starts = np.array([row[1] for row in rows], np.int32)
-        counts = np.array([row[2] for row in rows], np.int32)
+        counts = np.ones(num_rows, np.int32)
+        counts[num_single:] = [row[2] for row in rows[num_single:]]
         parts["starts"][:num_rows] = starts
         parts["slots"][:] = self.limits.max_num_seqs
         parts["slots"][:num_rows] = slots
-        np.cumsum(counts, out=parts["query_starts"][1 : num_rows + 1])
+        np.add.accumulate(counts, dtype=np.int32, out=parts["query_starts"][1 : num_rows + 1])
         parts["query_starts"][num_rows + 1 :] = schedule.num_tokens
-        parts["settings"][:, :num_rows] = self._settings[:, slots]
-        parts["stop_ids"][:, :num_rows] = self._stop_ids[:, slots]
+        parts["settings"][:, :num_rows] = self._settings.take(slots, axis=1)
+        parts["stop_ids"][:, :num_rows] = self._stop_ids.take(slots, axis=1)
         width = -(-int((starts + counts).max()) // self.limits.page_size)
         parts["page_table"][:num_rows, :width] = self._page_table[:, :width].take(slots, axis=0)
-        parts["token_ids"][: schedule.num_tokens] = _token_ids(schedule)
+        parts["token_ids"][: schedule.num_tokens] = np.array(_token_ids(schedule), np.int32)
         features = Feature(int(np.bitwise_or.reduce(self._features[slots])))
         # Without decode buckets every step has one shape, and is computed in one way: single tokens too take the path
         # of longer rows, so that a token's bits do not depend on how its sequence was cut into steps.
-        parts["scalars"][:] = schedule.num_single if self.limits.decode_buckets else 0, features
+        parts["scalars"][:] = num_single if self.limits.decode_buckets else 0, features
         return Batch(
             bucket,
             packed,

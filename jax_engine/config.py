@@ -159,11 +159,6 @@ class EngineConfig:
             raise ConfigError(f"swap_space_gib must be at least 0, got {self.swap_space_gib}")
         if self.preemption_mode == "swap" and not self.swap_space_gib:
             raise ConfigError("preemption_mode swap needs swap_space_gib above 0")
-        if self.swap_space_gib and self.tensor_parallel_size > 1:
-            raise ConfigError(
-                f"swap_space_gib {self.swap_space_gib} needs tensor_parallel_size 1, got {self.tensor_parallel_size}: "
-                "pages that lie on several devices are not swapped yet; leave it at 0"
-            )
         if self.deterministic and (self.decode_buckets or len(self.token_buckets or (0,)) > 1):
             raise ConfigError("deterministic has one bucket: give no decode_buckets and at most one of token_buckets")
         _slo_classes(self.slo_classes)

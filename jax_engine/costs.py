@@ -14,7 +14,7 @@ import numpy as np
 from jax_engine.batch import Batch, BatchLayout
 from jax_engine.buckets import buckets
 from jax_engine.config import EngineConfig, Limits
-from jax_engine.schedule import PageCopy, Schedule
+from jax_engine.schedule import Copies, PageCopy
 from jax_engine.swap_space import COPY_PAGES
 
 _log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ def measure(
     limits: Limits,
     page_bytes: int,
     dispatch: Callable[[Batch], Any],
-    copy_pages: Callable[[Schedule], None],
+    copy_pages: Callable[[Copies], None],
 ) -> Limits:
     """The limits with token_seconds, num_swap_pages and swap_page_seconds. What the operator said stands.
 
@@ -40,8 +40,7 @@ def measure(
     packed = np.zeros(layout.size, np.int32)
     layout.unpack(packed)["slots"][:] = limits.max_num_seqs  # every row is padding
     group = PageCopy(-1, 0, list(range(min(COPY_PAGES, limits.num_pages))))
-    there = Schedule([], 0, 0, None, [], [], [], [group], [], [], 0.0)
-    back = there._replace(swapped_out=[], swapped_in=[group])
+    there, back = Copies([group], [], []), Copies([], [group], [])
 
     def seconds(num_copies: int) -> float:
         """Of a step without tokens, and copies there and back before it; the best of some."""
@@ -66,6 +65,6 @@ def measure(
         else:
             copying = seconds(_NUM_COPIES) - step_seconds
             changes["swap_page_seconds"] = max(copying, 0) / (2 * _NUM_COPIES * COPY_PAGES)
-            copy_pages(there._replace(swapped_out=[], dropped_tickets=[-1]))
+            copy_pages(Copies([], [], [-1]))
     _log.info("measured: %s", ", ".join(f"{name} {value:.3g}" for name, value in changes.items()))
     return dataclasses.replace(limits, **changes)

@@ -28,8 +28,8 @@ from jax.experimental import multihost_utils
 from jax_engine.batch import Batch, StepResult
 from jax_engine.config import EngineConfig, Limits
 from jax_engine.errors import ConfigError
-from jax_engine.plan_codec import Sampling, decode, encode
-from jax_engine.schedule import Schedule
+from jax_engine.plan_codec import Order, Sampling, decode, encode
+from jax_engine.schedule import Copies
 
 _log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class Leader:
         self._lines = [_Line(peer, f"process {number}") for number, peer in sorted(peers.items())]
         atexit.register(self.stop)
 
-    def send(self, order: Batch | Sampling) -> None:
+    def send(self, order: Order) -> None:
         """Sends an order to all others."""
         message = encode(order)
         for line in self._lines:
@@ -114,6 +114,8 @@ class Follower:
             order = decode(message)
             if isinstance(order, Sampling):
                 runner.sample(handle, order.batch, order.mask)
+            elif isinstance(order, Copies):
+                runner.copy_pages(order)
             else:
                 handle = runner.dispatch(order)
 
@@ -136,9 +138,10 @@ class LeadingRunner:
         self._leader.send(Sampling(batch, mask))
         self._runner.sample(handle.own, batch, mask)
 
-    def copy_pages(self, schedule: Schedule) -> None:
-        """Never called: the configuration refuses swap space for a model on several devices."""
-        raise AssertionError("a group has no swap space")
+    def copy_pages(self, copies: Copies) -> None:
+        """Enqueues the copies everywhere and returns at once."""
+        self._leader.send(copies)
+        self._runner.copy_pages(copies)
 
 
 class _Handle:

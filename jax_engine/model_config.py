@@ -159,6 +159,21 @@ class ModelConfig:
         if not self.layers:
             object.__setattr__(self, "layers", (LayerConfig(),) * self.num_hidden_layers)
 
+    @classmethod
+    def placeholder(cls, vocab_size: int, max_position_embeddings: int) -> "ModelConfig":
+        """A model that nobody runs: all that scheduling needs to know of one."""
+        return cls(
+            architecture="none",
+            vocab_size=vocab_size,
+            hidden_size=1,
+            intermediate_size=1,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            num_key_value_heads=1,
+            head_dim=1,
+            max_position_embeddings=max_position_embeddings,
+        )
+
     @property
     def query_scale(self) -> float:
         """Factor of the attention scores."""

@@ -34,7 +34,7 @@ from jax_engine.models import read_config
 from jax_engine.page_store import PageStore
 from jax_engine.program import ModelProgram, nested
 from jax_engine.sampler import SamplerOutput
-from jax_engine.schedule import Schedule
+from jax_engine.schedule import Copies
 from jax_engine.sharding import choose_devices
 from jax_engine.step import StepOutput
 from jax_engine.step_store import StepStore
@@ -143,7 +143,8 @@ class ModelRunner:
         if self.platform != "cpu":
             self.warm_up()
         if self._page_store is not None or config.policy == "slo":
-            page_bytes = self._program.page_bytes(self.limits.page_size)
+            own = len(self._program.mesh.local_devices)  # each keeps its part of a page in this host's memory
+            page_bytes = self._program.page_bytes(self.limits.page_size) * own
             self.limits = measure(config, self.limits, page_bytes, self.dispatch, self.copy_pages)
 
     def dispatch(self, batch: Batch) -> StepHandle:
@@ -194,10 +195,10 @@ class ModelRunner:
         given = batch.constraints or Constraints(None, None)
         return Constraints(*(n if g is None else self._put(g) for n, g in zip(nothing, given, strict=True)))
 
-    def copy_pages(self, schedule: Schedule) -> None:
-        """Enqueues the schedule's copies between device and host memory, and returns at once."""
+    def copy_pages(self, copies: Copies) -> None:
+        """Enqueues a schedule's copies between device and host memory, and returns at once."""
         assert self._page_store is not None, "pages can be swapped only where there is swap space"
-        self._cache = self._page_store.copy(self._cache, schedule)
+        self._cache = self._page_store.copy(self._cache, copies)
 
     def warm_up(self) -> None:
         """Runs every step once without rows. The first launch of a CUDA graph builds it, which takes as long as a dozen

@@ -1,8 +1,12 @@
 """PageStore: pages of preempted sequences, kept in host memory, and the two programs that copy them.
 
 model_runner.py makes one where there is swap space, and hands it each schedule's copies. Who is swapped, and how much
-fits, is decided by the scheduler. Nothing here waits: a copy is one more program in the device's line, so a page that
-is copied out holds what all steps before have written, and one that is copied in is there for all steps after.
+fits, is decided by the scheduler. Nothing here waits: reading and writing pages are programs in the device's line, so
+what is copied out is what all steps before have written, and what is copied in is there for all steps after.
+
+On the way out a program only gathers the pages on the device; their way to the host goes on beside the steps that
+follow. On the way in it cannot: XLA lets a transfer to the device begin when the programs before it have ended, as its
+memory may be theirs until then.
 """
 
 import functools
@@ -15,8 +19,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from jax_engine.kv_cache import KVCache
-from jax_engine.schedule import Schedule
+from jax_engine.schedule import Copies
 from jax_engine.swap_space import COPY_PAGES
+
+#: Groups that may wait on the device for their way to the host, of one schedule. Others are copied by the program that
+#: gathers them, which holds up the steps after it, but needs room for one group only.
+_MOST_BESIDE = 8
 
 
 class PageStore:
@@ -33,25 +41,37 @@ class PageStore:
         self._kept: dict[int, list[Any]] = {}
         self._no_page = np.full(COPY_PAGES, num_pages, np.int32)
         ids = put(self._no_page)
-        here = _group_shardings(shapes, ids.sharding)
+        here = _group_shardings(shapes)
         there = jax.tree.map(_in_host_memory, here)
-        group = jax.eval_shape(functools.partial(_read, num_pages), shapes, ids)
+        sizes = num_pages, shapes.pool.sharding.mesh.size
+        group = jax.eval_shape(functools.partial(_read, *sizes), shapes, ids)
         group = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), group, there)
-        read = jax.jit(functools.partial(_read, num_pages), out_shardings=there)
-        write = jax.jit(functools.partial(_write, num_pages, here), donate_argnums=0)
-        self._read = read.lower(shapes, ids).compile()
+        cache = jax.tree.map(lambda shape: shape.sharding, shapes)
+        write = jax.jit(functools.partial(_write, *sizes, here), out_shardings=cache, donate_argnums=0)
+        self._there = there
+        # Arrays of which other processes hold parts are moved by programs only.
+        self._most_beside = _MOST_BESIDE if there != here and shapes.pool.sharding.is_fully_addressable else 0
+        self._gather, self._read = (
+            jax.jit(functools.partial(_read, *sizes), out_shardings=place).lower(shapes, ids).compile()
+            for place in (here, there)
+        )
         self._write = write.lower(shapes, group, ids).compile()
 
-    def copy(self, cache: KVCache, schedule: Schedule) -> KVCache:
+    def copy(self, cache: KVCache, copies: Copies) -> KVCache:
         """Enqueues a schedule's copies; the cache is donated and comes back."""
-        for ticket in schedule.dropped_tickets:
+        for ticket in copies.dropped_tickets:
             del self._kept[ticket]
-        for ticket, _, pages in schedule.swapped_out:
-            self._kept[ticket] = [
-                self._read(cache, self._put(self._ids(pages[at : at + COPY_PAGES])))
-                for at in range(0, len(pages), COPY_PAGES)
-            ]
-        for ticket, first, pages in schedule.swapped_in:
+        num_beside = 0
+        for ticket, _, pages in copies.swapped_out:
+            groups = self._kept[ticket] = []
+            for at in range(0, len(pages), COPY_PAGES):
+                ids = self._put(self._ids(pages[at : at + COPY_PAGES]))
+                if num_beside < self._most_beside:
+                    groups.append(jax.device_put(self._gather(cache, ids), self._there))
+                    num_beside += 1
+                else:
+                    groups.append(self._read(cache, ids))
+        for ticket, first, pages in copies.swapped_in:
             # The first of them may have been found in the prefix cache; they are kept, but not copied.
             targets = [self.num_pages] * first + pages
             for number in range(first // COPY_PAGES, -(-len(targets) // COPY_PAGES)):
@@ -66,28 +86,30 @@ class PageStore:
         return ids
 
 
-def _read(num_pages: int, cache: KVCache, ids: Int[Array, " n"]) -> tuple[Array, Array]:
-    """The pages of all layers [L, n, ...], and their token ids [n, page_size]."""
-    return _by_layer(cache.pool, num_pages)[:, ids], cache.token_ids.reshape(num_pages, -1)[ids]
+def _read(num_pages: int, num_devices: int, cache: KVCache, ids: Int[Array, " n"]) -> tuple[Array, Array]:
+    """The pages of all layers [devices * L, n, ...], and their token ids [devices, n, page_size]."""
+    pool, token_ids = _by_page(cache, num_pages, num_devices)
+    return pool[:, ids], token_ids[:, ids]
 
 
-def _write(num_pages: int, here: Any, cache: KVCache, group: Any, ids: Int[Array, " n"]) -> KVCache:
+def _write(num_pages: int, num_devices: int, here: Any, cache: KVCache, group: Any, ids: Int[Array, " n"]) -> KVCache:
     """The cache with a group's pages written to `ids`; an id past the end is dropped."""
-    pool, token_ids = jax.device_put(group, here)
-    new_pool = _by_layer(cache.pool, num_pages).at[:, ids].set(pool, mode="drop")
-    new_ids = cache.token_ids.reshape(num_pages, -1).at[ids].set(token_ids, mode="drop")
-    return KVCache(new_pool.reshape(cache.pool.shape), new_ids.reshape(-1), cache.last_tokens)
+    both = zip(_by_page(cache, num_pages, num_devices), jax.device_put(group, here), strict=True)
+    pool, token_ids = (whole.at[:, ids].set(part, mode="drop") for whole, part in both)
+    return KVCache(pool.reshape(cache.pool.shape), token_ids.reshape(-1), cache.last_tokens)
 
 
-def _by_layer(pool: Array, num_pages: int) -> Array:
-    return pool.reshape(-1, num_pages, *pool.shape[1:])
+def _by_page(cache: KVCache, num_pages: int, num_devices: int) -> tuple[Array, Array]:
+    """Pool and token ids with an axis of pages, the second; what the devices have lies side by side along the first."""
+    pool = cache.pool.reshape(-1, num_pages, *cache.pool.shape[1:])
+    return pool, cache.token_ids.reshape(num_devices, num_pages, -1)
 
 
-def _group_shardings(shapes: KVCache, replicated: Any) -> tuple[Any, Any]:
-    """Where the two arrays of a group lie on the device: over the devices as the pool is."""
-    pool = shapes.pool.sharding
-    spec = PartitionSpec(None, None, *pool.spec[1:])
-    return NamedSharding(pool.mesh, spec), replicated
+def _group_shardings(shapes: KVCache) -> tuple[Any, Any]:
+    """Where the two arrays of a group lie on the devices: each has its own part of a page."""
+    mesh, spec = shapes.pool.sharding.mesh, shapes.pool.sharding.spec
+    by_device = PartitionSpec(*spec[:1])
+    return NamedSharding(mesh, by_device), NamedSharding(mesh, by_device)
 
 
 def _in_host_memory(sharding: Any) -> Any:

@@ -1,7 +1,7 @@
 """What a step is made of, as bytes and back, for the processes that run the same steps. Called by group.py.
 
-An order is nested named tuples of numpy arrays and numbers. Nothing in a message names code: classes come from a fixed
-table, and an array's type and size are checked before it is made. Knows no sockets and no jax.
+An order is nested named tuples and lists of numpy arrays and numbers. Nothing in a message names code: classes come
+from a fixed table, and an array's type and size are checked before it is made. Knows no sockets and no jax.
 """
 
 import math
@@ -13,6 +13,7 @@ import numpy as np
 from jax_engine.batch import Adjustments, Batch
 from jax_engine.buckets import Bucket
 from jax_engine.constraints import Constraints
+from jax_engine.schedule import Copies, PageCopy
 
 
 class Sampling(NamedTuple):
@@ -22,7 +23,9 @@ class Sampling(NamedTuple):
     mask: np.ndarray
 
 
-_CLASSES = {kind.__name__: kind for kind in (Batch, Bucket, Adjustments, Constraints, Sampling)}
+#: What a process may be told to do.
+Order = Batch | Sampling | Copies
+_CLASSES = {kind.__name__: kind for kind in (Batch, Bucket, Adjustments, Constraints, Sampling, Copies, PageCopy)}
 _DTYPES = {"bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float32", "float64"}
 
 
@@ -30,12 +33,12 @@ class PlanError(Exception):
     """A message that is no order."""
 
 
-def encode(order: Batch | Sampling) -> bytes:
+def encode(order: Order) -> bytes:
     """The order as a message."""
     return msgspec.msgpack.encode(_plain(order))
 
 
-def decode(message: bytes) -> Batch | Sampling:
+def decode(message: bytes) -> Order:
     """The order in a message.
 
     Raises:
@@ -45,8 +48,8 @@ def decode(message: bytes) -> Batch | Sampling:
         order = _restore(msgspec.msgpack.decode(message))
     except (msgspec.DecodeError, TypeError, ValueError, KeyError, RecursionError) as error:
         raise PlanError(f"not an order: {error}") from error
-    if not isinstance(order, Batch | Sampling):
-        raise PlanError(f"must be a Batch or a Sampling, got {type(order).__name__}")
+    if not isinstance(order, Order):
+        raise PlanError(f"must be a Batch, a Sampling or Copies, got {type(order).__name__}")
     return order
 
 
@@ -55,14 +58,18 @@ def _plain(value: Any) -> Any:
         return {"dtype": value.dtype.name, "shape": list(value.shape), "data": np.ascontiguousarray(value).data}
     if type(value).__name__ in _CLASSES:
         return {"class": type(value).__name__, "fields": [_plain(field) for field in value]}
+    if isinstance(value, list):
+        return list(map(_plain, value))
     if value is None or isinstance(value, bool | int):
         return value
-    raise TypeError(f"a batch holds arrays, numbers and named tuples of them; got {type(value).__name__}")
+    raise TypeError(f"an order holds arrays, numbers, lists and named tuples of them; got {type(value).__name__}")
 
 
 def _restore(value: Any) -> Any:
     if value is None or isinstance(value, bool | int):
         return value
+    if isinstance(value, list):
+        return list(map(_restore, value))
     if "class" in value:
         return _CLASSES[value["class"]](*map(_restore, value["fields"]))
     shape = tuple(value["shape"])

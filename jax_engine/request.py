@@ -4,9 +4,10 @@ Field names of the outputs are vLLM's. Nothing here touches a device.
 """
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from jax_engine.sampling_params import SamplingParams
@@ -70,8 +71,7 @@ class Logprob:
 PositionLogprobs = dict[int, Logprob]
 
 
-@dataclass(slots=True)
-class CompletionOutput:
+class CompletionOutput(msgspec.Struct, gc=False):  # made for every token of every stream: a struct is made in C
     """One completion of a request.
 
     In a stream `text` and `token_ids` hold everything so far, or only what is new, as the method that made them says.
@@ -107,8 +107,7 @@ class RequestMetrics:
     num_preemptions: int = 0
 
 
-@dataclass(slots=True)
-class RequestOutput:
+class RequestOutput(msgspec.Struct, gc=False):
     """The state of one request, as handed to the caller. `finished` is true once every completion has ended.
 
     `embedding`, of a request with `embed`: the last hidden state of the prompt's last token, [D] float32, of length 1.
@@ -125,8 +124,8 @@ class RequestOutput:
     #: Prompt tokens whose KV was found in the prefix cache.
     num_cached_tokens: int = 0
     embedding: np.ndarray | None = None
-    error: str | None = field(default=None)
-    error_param: str | None = field(default=None)
+    error: str | None = None
+    error_param: str | None = None
 
     def take_in(self, newer: "RequestOutput") -> None:
         """Joins the next output of a stream of DELTA outputs to this one."""

@@ -14,7 +14,7 @@ from jax_engine.errors import InvalidRequest
 from jax_engine.page_pool import PagePool
 from jax_engine.policies import POLICIES
 from jax_engine.request import FinishReason
-from jax_engine.schedule import INVALID_TOKEN, PageCopy, Preemption, Row, Schedule, TokenDelta
+from jax_engine.schedule import INVALID_TOKEN, PageCopy, Preemption, Row, Schedule, TokenDelta, make_delta, make_row
 from jax_engine.sequence import Sequence, Status
 from jax_engine.step_time import StepTime
 from jax_engine.swap_space import SwapSpace
@@ -140,17 +140,17 @@ class Scheduler:
 
     def _schedule_decodes(self, work: Schedule) -> None:
         """One token for every running sequence that lacks just one."""
-        page_size = self.limits.page_size
-        rows = work.rows
+        page_size, rows = self.limits.page_size, work.rows
         charge = self._policy.charge if self._policy.charges else None
         for sequence in list(self._running):
             start = sequence.num_computed
             num_tokens = len(sequence.token_ids) + sequence.num_pending
+            # A victim of this very step lacks all its tokens, which are more than one.
             if num_tokens - start != 1 or num_tokens >= sequence.max_tokens_total:
                 continue
             if start >= len(sequence.pages) * page_size and not self._make_room(sequence, work):
                 continue
-            rows.append(Row(sequence, start, 1, True))
+            rows.append(make_row((sequence, start, 1, True)))
             sequence.num_computed = start + 1
             sequence.num_pending += 1
             sequence.num_inflight_steps += 1
@@ -172,8 +172,6 @@ class Scheduler:
 
     def _make_room(self, sequence: Sequence, work: Schedule) -> bool:
         """Gives a running sequence one more page, if need be at the cost of one that ranks behind it."""
-        if sequence.status is not Status.RUNNING:
-            return False  # a victim of this very step
         while not self.pool.num_free:
             if any(leaving.pages for leaving in self._leaving):
                 return False  # pages come back with a step in flight; no need to take anybody's
@@ -333,17 +331,18 @@ class Scheduler:
         Args:
             schedule: what was dispatched.
             tokens: one per row; read only where the row samples.
-            seconds: how long the step took, where it was measured.
+            seconds: how long streams waited for this result, where it was measured: since the one before it, or since
+                the step was scheduled if there was none.
 
         Returns:
             The tokens that were accepted. Those of sequences that had ended meanwhile are dropped.
         """
         if seconds is not None and self.limits.max_decode_gap_s is not None:
             self._learn(schedule, seconds)
-        page_size = self.limits.page_size
+        page_size, leaving = self.limits.page_size, self._leaving
         deltas = []
-        for index, (sequence, start, count, samples) in enumerate(schedule.rows):  # by position: faster than by name
-            token = tokens[index]
+        # By position, which is faster than by name; and there may be more tokens than rows, those of padding.
+        for index, ((sequence, start, count, samples), token) in enumerate(zip(schedule.rows, tokens, strict=False)):
             sequence.num_inflight_steps -= 1
             alive = sequence.status is not Status.FINISHED
             # Of a finished sequence these are surplus steps, which need not have written anything.
@@ -353,9 +352,9 @@ class Scheduler:
                 sequence.num_pending -= 1
                 if alive:
                     self._append(sequence, token)
-                    deltas.append(TokenDelta(sequence, index, token))
-            if not sequence.num_inflight_steps and sequence in self._leaving:
-                self._leaving.remove(sequence)
+                    deltas.append(make_delta((sequence, index, token)))
+            if leaving and not sequence.num_inflight_steps and sequence in leaving:
+                leaving.remove(sequence)
                 self._release(sequence)
         return deltas
 

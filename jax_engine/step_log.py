@@ -111,7 +111,7 @@ class Done(msgspec.Struct, tag="done"):
         device: seconds of device time, exact or an upper bound (see the module).
         wait: seconds the host waited. commit: seconds of taking it in.
         tokens: one per row; only in a file.
-        seconds: how long the scheduler was told that the step took.
+        seconds: what the scheduler was told; see Scheduler.commit.
     """
 
     number: int
@@ -243,7 +243,7 @@ class StepLog:
         Args:
             tokens: one per row.
             waited: the result was not there yet when it was asked for.
-            seconds: how long the scheduler was told that the step took.
+            seconds: what the scheduler was told; see Scheduler.commit.
         """
         if self._is_off:
             return

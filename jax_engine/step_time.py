@@ -1,7 +1,8 @@
 """StepTime: how long a step will take, learnt from the steps that were taken.
 
 The scheduler asks it when streams must not wait longer than a bound (`max_decode_gap_ms`). Times come in with each
-commit; there is no clock here, so the same calls give the same answers.
+commit, from one result to the next, so that the host's work counts where the device waits for it; there is no clock
+here, so the same calls give the same answers.
 """
 
 from collections.abc import Sequence as AbstractSequence

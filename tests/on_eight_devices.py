@@ -12,6 +12,7 @@ from checkpoints.formats import open_checkpoint
 from jax_engine.sampling_params import SamplingParams
 from tests.conftest import Modes
 from tests.test_engine import content, random_requests, serve
+from tests.test_preemption import random_requests as long_requests
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny"
 ONE_BUCKET = {"token_buckets": (24,), "decode_buckets": ()}
@@ -108,6 +109,15 @@ def test_async_is_sync_bit_for_bit_on_several_devices(two):
     want = serve(two.engine("sync"), requests)
     got = serve(two.engine("async", 3), requests, chance=random.Random(22))
     assert list(map(content, got)) == list(map(content, want))
+
+
+def test_pages_of_several_devices_are_swapped_bit_for_bit():
+    modes = Modes(tensor_parallel_size=2, swap_space_gib=0.01, preemption_mode="swap", **ONE_BUCKET)
+    requests = long_requests(24, 8)
+    want = serve(modes.engine("sync", enable_prefix_caching=False), requests)
+    engine = modes.engine("async", 3, num_pages=17, enable_prefix_caching=False)
+    assert list(map(content, serve(engine, requests))) == list(map(content, want))
+    assert engine.metrics.preemptions_by_way["swap"] > 3
 
 
 @pytest.mark.parametrize("size", [4, pytest.param(1, marks=pytest.mark.long), pytest.param(8, marks=pytest.mark.long)])

@@ -25,17 +25,7 @@ from jax_engine.request import CompletionOutput, RequestMetrics, RequestOutput
 from jax_engine.testing.fake_runner import FakeRunner
 from serving.flags import UsageError
 
-MODEL = ModelConfig(
-    architecture="none",
-    vocab_size=50,
-    hidden_size=1,
-    intermediate_size=1,
-    num_hidden_layers=1,
-    num_attention_heads=1,
-    num_key_value_heads=1,
-    head_dim=1,
-    max_position_embeddings=256,
-)
+MODEL = ModelConfig.placeholder(50, 256)
 
 
 class FakeLLM:

@@ -19,6 +19,7 @@ from jax_engine.constraints import Constraints
 from jax_engine.errors import ConfigError
 from jax_engine.group import EXIT_CODE
 from jax_engine.plan_codec import PlanError, Sampling, decode, encode
+from jax_engine.schedule import Copies, PageCopy
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tests" / "golden" / "tiny" / "llama"
@@ -32,7 +33,7 @@ model, address, number, forever = sys.argv[1:]
 llm = LLM(
     model=model, max_model_len=128, max_num_seqs=3, page_size=8, token_buckets=(24,), decode_buckets=(),
     compilation_cache_dir="", tensor_parallel_size=2, num_processes=2, process_id=int(number),
-    coordinator_address=address,
+    coordinator_address=address, num_pages=16, enable_prefix_caching=False, swap_space_gib=0.01, preemption_mode="swap",
 )
 prompts = np.load(model + "/expected.npz")["tokens"].tolist()
 params = [
@@ -41,7 +42,8 @@ params = [
     SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=2, prompt_logprobs=1),
 ]
 outputs = llm.generate(prompts, params, use_tqdm=False)
-print(json.dumps([output.outputs[0].token_ids for output in outputs]), flush=True)
+tokens = [output.outputs[0].token_ids for output in outputs]
+print(json.dumps([tokens, llm.metrics.preemptions_by_way["swap"]]), flush=True)
 while forever == "forever":
     llm.generate(prompts, params, use_tqdm=False)
 """
@@ -80,7 +82,8 @@ def test_two_processes_give_the_tokens_of_one_and_end_together() -> None:
     with Group("once") as group:
         out, err = group.processes[0].communicate(timeout=300)
         assert group.processes[0].returncode == 0, err
-        got = json.loads(out.strip().splitlines()[-1])
+        got, swaps = json.loads(out.strip().splitlines()[-1])
+        assert swaps, "the pool does not hold two sequences to their ends"
         assert (got[0], got[2]) == (greedy[0], greedy[2])
         assert 7 not in got[1]
         assert group.processes[1].wait(timeout=60) == 0
@@ -114,6 +117,8 @@ def test_a_batch_survives_the_wire() -> None:
     )
     assert isinstance(order, Sampling) and order.batch.constraints.bans is None
     np.testing.assert_array_equal(order.batch.constraints.mask, 1)
+    copies = Copies([PageCopy(1, 0, [3, 4])], [], [7, 8])
+    assert decode(encode(copies)) == copies
 
 
 @pytest.mark.parametrize("message", [b"", b"\x01", b"\xc1", encode(Bucket(1, 1, True)), b"\x81\xa5class\xa4exec"])

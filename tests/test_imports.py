@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("jax_engine", "pallas_kernels", "checkpoints", "serving")
 
-#: The only files that put data on a device. page_store.py moves it between device and host memory inside its program.
+#: The only files that put data on a device. page_store.py moves it between device and host memory.
 UPLOADERS = {"jax_engine/model_runner.py", "jax_engine/page_store.py", "checkpoints/loader.py"}
 #: The only function that reads results back, and so the only wait of the engine's loop.
 READ_BACK = ("jax_engine/model_runner.py", "StepHandle.result")

@@ -1,76 +1,22 @@
 """Traces, cost models, the simulator and the planner; and their commands, from a log to a plan."""
 
-import dataclasses
 import json
 
 import msgspec
 import numpy as np
 import pytest
 
-from jax_engine.batch import Bucket, buckets
-from jax_engine.config import EngineConfig, ModelConfig, resolve
+from jax_engine.batch import Bucket
 from jax_engine.errors import ConfigError
 from jax_engine.planning import cost_model, planner, trace
-from jax_engine.planning.cost_model import BucketCost, CostModel, HostCost, Stalls, Work
-from jax_engine.planning.simulator import limits_for, simulate
-from jax_engine.planning.trace import TraceError, TraceRequest
+from jax_engine.planning.cost_model import CostModel, Work
+from jax_engine.planning.simulator import simulate
+from jax_engine.planning.trace import TraceError
 from jax_engine.planning.traffic import Seen, figures
 from jax_engine.replay import Replay
-from jax_engine.step_log import Done, Header, LogReader, Step
+from jax_engine.step_log import Done, LogReader, Step
 from serving.cli import main
-
-VOCAB = 1000
-MODEL = ModelConfig(
-    architecture="none",
-    vocab_size=VOCAB,
-    hidden_size=1,
-    intermediate_size=1,
-    num_hidden_layers=1,
-    num_attention_heads=1,
-    num_key_value_heads=1,
-    head_dim=1,
-    max_position_embeddings=2048,
-)
-
-
-def make_cost(host_ms: float = 0.0, **options) -> CostModel:
-    """1 ms for each decode step and sequence, 10 ms and 0.1 ms per token slot for each other step."""
-    config = EngineConfig(
-        **({"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 1024, "num_pages": 512} | options)
-    )
-    limits = resolve(config, MODEL, platform="cpu", num_pages=512)
-    header = Header(
-        version="1",
-        platform="cpu",
-        device="made up",
-        vocab_size=VOCAB,
-        max_position_embeddings=2048,
-        started=0.0,
-        config=config,
-        limits=limits,
-    )
-    costs = []
-    for bucket in buckets(limits):
-        base = 1e-3 * bucket.num_tokens if bucket.decode_only else 10e-3 + 1e-4 * bucket.num_tokens
-        costs.append(BucketCost(bucket, base, 0.0, 1e-6, 2e-7, steps=100, error=0.0))
-    host = dict.fromkeys(("schedule", "build", "dispatch", "commit"), HostCost(host_ms * 1e-3 / 4, 0.0))
-    return CostModel(header, costs, host, turn=0.0, stalls=Stalls(), num_steps=100, num_exact=100)
-
-
-def requests_of(*triples: tuple[float, int, int], **fields) -> list[TraceRequest]:
-    return [TraceRequest(arrival_s=at, prompt_tokens=p, output_tokens=o, **fields) for at, p, o in triples]
-
-
-def random_trace(count: int, rate: float, seed: int = 0, **fields) -> list[TraceRequest]:
-    chance = np.random.default_rng(seed)
-    return trace.make(
-        trace.poisson(rate, count, chance),
-        trace.lengths(60, 0.8, count, chance),
-        trace.lengths(20, 0.8, count, chance),
-        chance=chance,
-        **fields,
-    )
-
+from tests.planning import VOCAB, make_cost, random_trace, requests_of
 
 # Traces.
 
@@ -251,92 +197,6 @@ def test_what_cannot_be_fitted_or_read_is_told(tmp_path):
         cost_model.read(str(tmp_path / "x"))
     with pytest.raises(cost_model.CostError, match="cannot be read"):
         cost_model.read(str(tmp_path / "y"))
-
-
-# The simulator.
-
-
-def test_one_request_takes_what_can_be_computed_by_hand():
-    # 64 tokens a step: 100 prompt tokens are two steps, 64 and then 36 in the same bucket; then four decodes of one.
-    prediction = simulate(requests_of((0.0, 100, 5)), make_cost(), {"scheduling": "sync"})
-    pairs = [64 * 65 // 2, 36 * 64 + 36 * 37 // 2]
-    prefill = 2 * (10 + 6.4) + sum(pairs) * 2e-4
-    decode = [1 + (100 + n) * 1e-3 for n in range(1, 5)]
-    assert prediction.figures.ttft_ms["p50"] == pytest.approx(prefill)
-    assert prediction.figures.latency_ms["p50"] == pytest.approx(prefill + sum(decode))
-    assert prediction.figures.inter_token_ms["max"] == pytest.approx(max(decode))
-    assert prediction.utilisation == pytest.approx(1) and prediction.steps == 6
-    assert prediction.padding == pytest.approx((64 - 36) / (64 + 64 + 4))
-
-
-def test_overlap_hides_the_host_up_to_the_device_time():
-    load = requests_of((0.0, 10, 200))
-    sync, overlapped = (simulate(load, make_cost(host_ms=0.8), {"scheduling": mode}) for mode in ("sync", "async"))
-    hidden = simulate(load, make_cost(), {"scheduling": "sync"})
-    assert sync.figures.duration_s == pytest.approx(hidden.figures.duration_s + 200 * 0.8e-3, rel=0.01)
-    assert overlapped.figures.duration_s == pytest.approx(hidden.figures.duration_s, rel=0.02)
-    slow_host = simulate(load, make_cost(host_ms=5.0), {"scheduling": "async"})
-    assert slow_host.figures.duration_s == pytest.approx(200 * 5e-3, rel=0.05)
-
-
-def test_a_stop_is_learnt_late_when_running_ahead():
-    ended = [simulate(requests_of((0.0, 10, 20), ends=ends), make_cost()) for ends in ("length", "stop")]
-    assert ended[1].steps == ended[0].steps + 1
-    assert ended[1].figures.output_tok_per_s == pytest.approx(ended[0].figures.output_tok_per_s)
-
-
-def test_the_modes_differ_as_they_should():
-    load = random_trace(150, 50, seed=4)
-    static, sync, overlapped = (
-        simulate(load, make_cost(host_ms=0.5), {"scheduling": mode}).figures for mode in ("static", "sync", "async")
-    )
-    assert static.output_tok_per_s < sync.output_tok_per_s < overlapped.output_tok_per_s
-    assert static.ttft_ms["p50"] > 1.3 * sync.ttft_ms["p50"]
-    total = sum(request.output_tokens for request in load)
-    assert overlapped.output_tok_per_s * overlapped.duration_s == pytest.approx(total)
-
-
-def test_a_small_pool_preempts_and_a_small_model_length_refuses():
-    load = requests_of(*[(0.0, 100, 200)] * 8)
-    assert simulate(load, make_cost(num_pages=80)).preemptions > 0
-    refused = simulate([*load, *requests_of((0.0, 500, 5))], make_cost(max_model_len=400)).figures
-    assert refused.num_refused == 1 and refused.num_requests == 9
-
-
-def test_replicas_share_the_load():
-    load = random_trace(200, 60, seed=5)
-    one, two = (simulate(load, make_cost(), replicas=replicas) for replicas in (1, 2))
-    assert two.figures.ttft_ms["p99"] < one.figures.ttft_ms["p99"] / 2
-    assert two.utilisation < one.utilisation
-    with pytest.raises(ConfigError, match="log of one engine"):
-        simulate(load, make_cost(), {"step_log": "x"}, replicas=2)
-
-
-def test_the_simulator_repeats_itself():
-    load = random_trace(60, 20, seed=6, groups=2, prefix_tokens=30)
-    assert simulate(load, make_cost(host_ms=0.3)) == simulate(load, make_cost(host_ms=0.3))
-
-
-def test_the_pool_stays_as_many_tokens():
-    _, limits = limits_for(make_cost(num_pages=None), {"page_size": 32})
-    assert limits.num_pages * 32 == 512 * 16
-    assert limits_for(make_cost(), {"num_pages": 100})[1].num_pages == 100
-
-
-def test_what_is_known_of_the_device_stays():
-    known = make_cost(swap_space_gib=2.0)
-    had = dataclasses.replace(known.header.limits, num_swap_pages=40, swap_page_seconds=1e-4, token_seconds=1e-3)
-    known = msgspec.structs.replace(known, header=msgspec.structs.replace(known.header, limits=had))
-    limits = limits_for(known, {"swap_space_gib": 1.0, "page_size": 32})[1]
-    assert (limits.num_swap_pages, limits.swap_page_seconds, limits.token_seconds) == (10, 2e-4, 1e-3)
-    with pytest.raises(ConfigError, match="speed of its copies"):
-        limits_for(make_cost(), {"swap_space_gib": 1.0})
-
-
-def test_shared_prefixes_are_computed_once():
-    load = random_trace(80, 20, seed=11, groups=1, prefix_tokens=400)
-    cached, not_cached = (simulate(load, make_cost(), {"enable_prefix_caching": on}) for on in (True, False))
-    assert cached.figures.ttft_ms["p50"] < 0.5 * not_cached.figures.ttft_ms["p50"]
 
 
 def test_figures_of_what_clients_saw():

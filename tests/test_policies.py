@@ -237,16 +237,6 @@ def test_wrong_choices_are_refused(options, message):
 
 
 def test_deterministic_has_one_bucket():
-    model = ModelConfig(
-        architecture="none",
-        vocab_size=2,
-        hidden_size=1,
-        intermediate_size=1,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=1,
-        max_position_embeddings=4096,
-    )
+    model = ModelConfig.placeholder(2, 4096)
     limits = resolve(EngineConfig(deterministic=True), model, platform="cpu", num_pages=100)
     assert limits.decode_buckets == () and limits.token_buckets == (64,) == (limits.max_num_batched_tokens,)

@@ -70,7 +70,8 @@ def serve(engine, requests, chance: random.Random | None = None):
 
 @pytest.mark.parametrize("costs", [SWAP, RECOMPUTE], ids=["swap", "recompute"])
 @pytest.mark.parametrize("depth", [1, 2, 4])
-def test_preempted_requests_give_the_same_bit_for_bit(deterministic, costs, depth):
+def test_preempted_requests_give_the_same_bit_for_bit(deterministic, costs, depth, monkeypatch):
+    monkeypatch.setattr(deterministic.runner._page_store, "_most_beside", depth - 1)  # both ways out are taken
     requests = random_requests(1, 16)
     want, none = serve(deterministic.engine("sync", enable_prefix_caching=False), requests)
     assert not none
@@ -159,12 +160,43 @@ def test_the_schedule_says_who_gave_way_to_whom_and_why(costs):
 
 def test_the_cheapest_to_bring_back_gives_way_among_equals():
     scheduler = Scheduler(make_limits(num_pages=16, token_seconds=1.0, max_inflight_steps=1), "fcfs")
-    first, long, short = (make_sequence(size, 30, False) for size in (8, 12, 7))
-    for sequence in (first, long, short):
+    first, short, long = (make_sequence(size, 30, False) for size in (8, 7, 12))
+    for sequence in (first, short, long):
         scheduler.add(sequence)
     while not (schedule := scheduler.schedule()).preempted:
         scheduler.commit(schedule, [1] * len(schedule.rows))
     assert [preemption.sequence for preemption in schedule.preempted] == [short]
+
+
+def test_nobody_takes_pages_from_those_who_rank_before_him():
+    scheduler = Scheduler(make_limits(num_pages=8, max_inflight_steps=1, enable_prefix_caching=False), "priority")
+    late, urgent = make_sequence(15, 30, False), make_sequence(12, 30, False, priority=-100)
+    scheduler.add(late)
+    commit(scheduler, scheduler.schedule())
+    scheduler.add(urgent)
+    schedules = []
+    while not (late.num_preemptions or urgent.num_preemptions):
+        schedules.append(scheduler.schedule())
+        commit(scheduler, schedules[-1])
+    assert late.num_preemptions and not urgent.num_preemptions
+    assert any(urgent in rows and late not in rows for rows in ({row[0] for row in s.rows} for s in schedules)), (
+        "the pool was full when the first to run, who ranks last, needed a page"
+    )
+
+
+def test_who_joins_leaves_a_page_for_each_that_runs():
+    scheduler = Scheduler(make_limits(num_pages=8, max_inflight_steps=1, enable_prefix_caching=False))
+    running, joining = make_sequence(12, 30, False), make_sequence(16, 30, False)
+    scheduler.add(running)
+    commit(scheduler, scheduler.schedule())
+    commit(scheduler, scheduler.schedule())
+    scheduler.add(joining)
+    assert len(running.pages) == 4 and scheduler.pool.num_free == 4, "just enough for 16 tokens"
+    assert not scheduler.schedule().admitted
+
+
+def commit(scheduler, schedule):
+    scheduler.commit(schedule, [1] * len(schedule.rows))
 
 
 def test_swap_space_is_never_overdrawn():

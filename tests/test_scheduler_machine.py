@@ -55,11 +55,13 @@ class SchedulerMachine(RuleBasedStateMachine):
     def start(self, options, policy):
         self.limits = make_limits(**options)
         self.scheduler = Scheduler(self.limits, policy)
+        self.policy = policy
         self.builder = BatchBuilder(self.limits, VOCAB)
         self.device = FakeRunner(self.limits, VOCAB)
         self.flight = []
         self.sequences: list[Sequence] = []
         self.failed: set[Sequence] = set()
+        self.computed: dict[Sequence, set[int]] = {}  # positions, ever
         self.now = 0.0
 
     @rule(
@@ -95,7 +97,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.now += seconds
         schedule = self.scheduler.schedule(self.now)
         self.check_schedule(schedule)
-        self.device.copy_pages(schedule)
+        if schedule.copies is not None:
+            self.device.copy_pages(schedule.copies)
         if schedule.rows:
             handle = self.device.dispatch(self.builder.build(schedule))
             self.flight.append((schedule, handle))
@@ -114,10 +117,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         for sequence, start, count, _ in rows:
             written = {sequence.pages[position // limits.page_size] for position in range(start, start + count)}
             assert all(pool._references[page] == 1 for page in written), "a page that others hold is written"
-            if sequence.scores_prompt:
-                assert start <= max(sequence.num_reached, start), "a prompt token is never judged"
+            self.computed.setdefault(sequence, set()).update(range(start, start + count))
         for preemption in schedule.preempted:
             assert preemption.sequence is not preemption.beneficiary
+            if self.policy in ("fcfs", "priority"):  # of the others the rank has changed by now
+                rank = self.scheduler._policy.rank
+                assert rank(preemption.sequence) > rank(preemption.beneficiary), "who ranks before gave way"
             assert preemption.way == "recompute" or limits.num_swap_pages
             if limits.preemption_mode == "recompute":
                 assert preemption.way == "recompute"
@@ -168,6 +173,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             got = sequence.token_ids[len(prompt) :]
             if sequence.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
                 assert got == want
+                judged = sequence.num_prompt_tokens if sequence.scores_prompt else 0
+                assert set(range(judged)) <= self.computed[sequence], "a prompt token was never judged"
             else:
                 assert got == want[: len(got)]
                 assert sequence.finish_reason is FinishReason.ABORT or sequence in self.failed

@@ -20,17 +20,7 @@ from jax_engine.testing.fake_runner import FakeRunner
 from serving.cli import main
 
 VOCAB = 64
-MODEL = ModelConfig(
-    architecture="none",
-    vocab_size=VOCAB,
-    hidden_size=1,
-    intermediate_size=1,
-    num_hidden_layers=1,
-    num_attention_heads=1,
-    num_key_value_heads=1,
-    head_dim=1,
-    max_position_embeddings=256,
-)
+MODEL = ModelConfig.placeholder(VOCAB, 256)
 OPTIONS = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "token_buckets": (16, 32), "page_size": 4, "num_pages": 26}
 
 

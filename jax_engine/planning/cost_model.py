@@ -25,6 +25,8 @@ FORMAT = 1
 #: A bucket needs this many steps for slopes of its own, and a model this many at all.
 _ENOUGH_FOR_SLOPES = 24
 _ENOUGH = 8
+#: A shared machine is slow for a second or two at a time, so as many steps in a row say as much as one.
+_STEPS_THAT_VARY_TOGETHER = 10
 
 
 class CostError(ConfigError):
@@ -204,6 +206,7 @@ def _fit_buckets(samples: list[_Sample]) -> list[BucketCost]:
 def _least_squares(samples: list[_Sample], bases: np.ndarray) -> np.ndarray:
     """Coefficients of the bases and of the three parts of the work, none negative. Of all choices of slopes that may be
     other than zero, the best by Schwarz's criterion (BIC), so that noise gives no slope."""
+    independent = max(2.0, len(samples) / _STEPS_THAT_VARY_TOGETHER)
     work = np.array([sample.work for sample in samples], float)
     seconds = np.array([sample.seconds for sample in samples])
     best, least = np.zeros(bases.shape[1] + 3), np.inf
@@ -214,7 +217,7 @@ def _least_squares(samples: list[_Sample], bases: np.ndarray) -> np.ndarray:
             found, *_ = np.linalg.lstsq(matrix / scale, seconds, rcond=None)
             found = found / scale
             mean_square = float(((matrix @ found - seconds) ** 2).mean()) + 1e-18
-            loss = len(samples) * np.log(mean_square) + count * np.log(len(samples))
+            loss = independent * np.log(mean_square) + count * np.log(independent)
             if (found >= 0).all() and loss < least:
                 least = loss
                 best = np.zeros(bases.shape[1] + 3)

@@ -21,7 +21,7 @@ from jax_engine.model_config import ModelConfig
 from jax_engine.planning.cost_model import CostModel, Work
 from jax_engine.planning.trace import TraceRequest, prompts
 from jax_engine.planning.traffic import STOP_TOKEN, Figures, Seen, drive, figures
-from jax_engine.schedule import Schedule
+from jax_engine.schedule import Copies, Schedule
 from jax_engine.step_log import StepLog
 
 _PLAIN_TOKEN = 1
@@ -117,16 +117,20 @@ class VirtualDevice:
         stalls = self._cost.stalls
         if stalls.every and self.steps % max(1, round(stalls.every)) == 0:
             self._clock.advance(stalls.seconds)
-        seconds = self._cost.device_seconds(batch.bucket, batch.work)
+        seconds = self.seconds(batch)
         self._free_at = max(self._free_at, self._clock.now) + seconds
         self.busy += seconds
         self.slots += batch.bucket.num_tokens
         self.padding += batch.bucket.num_tokens - batch.work.tokens
         return VirtualHandle(self, self._clock, self._free_at, batch.tokens)
 
-    def copy_pages(self, schedule: Schedule) -> None:
+    def seconds(self, batch: VirtualBatch) -> float:
+        """How long the device takes for a step."""
+        return self._cost.device_seconds(batch.bucket, batch.work)
+
+    def copy_pages(self, copies: Copies) -> None:
         """Books the copies of a schedule, at what the measured engine's cost."""
-        pages = sum(len(copy.pages) for copy in (*schedule.swapped_out, *schedule.swapped_in))
+        pages = sum(len(copy.pages) for copy in (*copies.swapped_out, *copies.swapped_in))
         seconds = pages * self.limits.swap_page_seconds
         self._free_at = max(self._free_at, self._clock.now) + seconds
         self.busy += seconds
@@ -162,28 +166,24 @@ def limits_for(cost: CostModel, options: dict[str, Any]) -> tuple[EngineConfig, 
     """
     header = cost.header
     config = dataclasses.replace(header.config, **({"step_log": None} | options))
-    model = ModelConfig(
-        architecture="",
-        vocab_size=header.vocab_size,
-        hidden_size=1,
-        intermediate_size=1,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=1,
-        max_position_embeddings=header.max_position_embeddings,
-    )
+    model = ModelConfig.placeholder(header.vocab_size, header.max_position_embeddings)
     had = header.limits
     if config.swap_space_gib and not had.num_swap_pages:
         raise ConfigError("swap_space_gib: the measured engine had none, so the speed of its copies is not known")
     page_size = config.page_size or had.page_size
     config = dataclasses.replace(config, page_size=page_size)
     pool = had.num_pages * had.page_size // page_size
-    limits = resolve(config, model, platform=header.platform, num_pages=max(1, pool))
+    # What the model needs by slot is as it was: the placeholder has no such layers.
+    limits = resolve(
+        dataclasses.replace(config, window_cache="pages"), model, platform=header.platform, num_pages=max(1, pool)
+    )
+    model_shares = had.enable_prefix_caching or not header.config.enable_prefix_caching
     scale = page_size / had.page_size
     share = config.swap_space_gib / header.config.swap_space_gib if had.num_swap_pages else 0
     return config, dataclasses.replace(
         limits,
+        enable_prefix_caching=limits.enable_prefix_caching and model_shares,
+        ring_pages=had.ring_pages,
         num_swap_pages=int(had.num_swap_pages * share / scale),
         swap_page_seconds=had.swap_page_seconds * scale,
         token_seconds=limits.token_seconds or had.token_seconds,

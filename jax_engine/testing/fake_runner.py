@@ -12,7 +12,7 @@ from jax_engine.batch import Batch, BatchLayout, StepResult
 from jax_engine.buckets import Bucket
 from jax_engine.config import Limits
 from jax_engine.features import Feature
-from jax_engine.schedule import Schedule
+from jax_engine.schedule import Copies
 
 #: What stands in a place of the pool that nothing was written to.
 _UNWRITTEN = -(10**9)
@@ -97,14 +97,14 @@ class FakeRunner:
         self._last_tokens[slots] = handle.tokens
         handle.sampled = True
 
-    def copy_pages(self, schedule: Schedule) -> None:
+    def copy_pages(self, copies: Copies) -> None:
         """Carries out a schedule's copies."""
         pool = self._pool.reshape(-1, self.limits.page_size)
-        for ticket in schedule.dropped_tickets:
+        for ticket in copies.dropped_tickets:
             del self._kept[ticket]
-        for ticket, _, pages in schedule.swapped_out:
+        for ticket, _, pages in copies.swapped_out:
             self._kept[ticket] = pool[pages]
-        for ticket, first, pages in schedule.swapped_in:
+        for ticket, first, pages in copies.swapped_in:
             pool[pages] = self._kept[ticket][first : first + len(pages)]
 
 
