@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 from absl import flags as absl_flags
 
-from benchmarks import offline, program, report, workload
+from benchmarks import offline, program, report, steps, workload
 from jax_engine import LLM
 
 #: Kernels within a step follow each other with gaps of about this length, which no scheduling could fill.
@@ -59,6 +59,7 @@ def main(argv: Sequence[str]) -> int:
     absl_flags.DEFINE_integer("output", 100, "Tokens of each request: a trace of more is too large.", **here)
     absl_flags.DEFINE_integer("num_pages", None, "Of the engine.", **here)
     absl_flags.DEFINE_string("compilation_cache_dir", None, "Of the engine.", **here)
+    absl_flags.DEFINE_string("kernels", None, "Text file to write: every kernel's time, a step.", **here)
     absl_flags.DEFINE_string("out", None, "Results file to write (JSON).", **here)
     if not program.parse(values, "benchmarks.idle", __doc__, argv[1:]):
         return 0
@@ -77,6 +78,8 @@ def main(argv: Sequence[str]) -> int:
         with jax.profiler.trace(folder, profiler_options=options):
             run = job.run(llm)
         spans = device_spans(folder)
+        if values["kernels"].value:
+            steps.write_kernels(folder, Path(values["kernels"].value), run["engine"]["steps"])
     if not spans:
         print("the trace has no device events: this needs a GPU")
         return 1

@@ -157,10 +157,15 @@ def trace(stepper: Stepper, layout: BatchLayout, compiled: Any, packed: np.ndarr
         options.python_tracer_level = 0
         with jax.profiler.trace(folder, profiler_options=options):
             stepper.run(layout, compiled, packed, count)
-        rows = [
-            [plane.removeprefix("/"), f"{total / count:.1f}", f"{times / count:g}", name[:90]]
-            for plane, name, times, total in kernels(folder)
-        ]
+        write_kernels(folder, out, count)
+
+
+def write_kernels(folder: str, out: Path, count: int) -> None:
+    """Writes a table of what a trace of `count` steps has."""
+    rows = [
+        [plane.removeprefix("/"), f"{total / count:.1f}", f"{times / count:g}", name[:90]]
+        for plane, name, times, total in kernels(folder)
+    ]
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(report.table([["plane", "us/step", "calls/step", "name"], *rows]) + "\n")
 

@@ -7,11 +7,13 @@ import pytest
 
 from benchmarks import (
     hf_static,
+    idle,
     offline,
     scheduler_host,
     scheduling,
     server_front,
     soak,
+    steps,
     structured,
     tpu_kernels,
     virtual_device,
@@ -164,7 +166,10 @@ def test_static_batch_needs_one_length() -> None:
         hf_static.uniform_lengths(workload.load("skewed"))
 
 
-PROGRAMS = [module.main for module in (offline, scheduler_host, scheduling, hf_static, server_front, soak, structured)]
+PROGRAMS = [
+    module.main
+    for module in (offline, scheduler_host, scheduling, hf_static, server_front, soak, structured, idle, steps)
+]
 
 
 @pytest.mark.parametrize("main", PROGRAMS, ids=lambda main: main.__module__)
@@ -194,3 +199,8 @@ def test_bundles_of_the_walk_are_told_from_those_of_its_inner_loops():
    0xf   :  { end }
 """
     assert tpu_kernels.turn_bundles(listing) == (4, 3)
+
+
+def test_gaps_are_where_nothing_ran() -> None:
+    assert idle.gaps([(0, 10), (5, 20), (6, 8), (30, 40), (40, 41)]) == [10]
+    assert idle.gaps([]) == []
