@@ -71,7 +71,7 @@ class Stepper:
         start = time.perf_counter()
         layout, lowered = self.program.lower(Bucket(rows, rows, True), self.limits)
         middle = time.perf_counter()
-        compiled = lowered.compile(compiler_options=self.program.compiler_options)
+        compiled = lowered.compile(compiler_options=self.program.compiler_options(layout.bucket))
         return layout, compiled, {"lower_s": middle - start, "compile_s": time.perf_counter() - middle}
 
     def packed(self, layout: BatchLayout, sampling: str) -> np.ndarray:

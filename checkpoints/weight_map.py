@@ -27,15 +27,31 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Quantization:
+    """How a parameter is kept in 8 bits; see quantized_weight.py.
+
+    Attributes:
+        format: `int8` or `fp8`.
+        inputs: how many of the last dimensions a product sums over; the others are its outputs.
+        sharding: where the scales go, one for each output.
+    """
+
+    format: str
+    inputs: int
+    sharding: Any
+
+
+@dataclass(frozen=True)
 class Wanted:
     """One parameter of the model.
 
     Attributes:
-        shape: of the assembled parameter. dtype: on the device; the checkpoint's values are cast to it.
+        shape: of the assembled parameter. dtype: the checkpoint's values are cast to it.
         sharding: a jax.sharding.Sharding: where it goes.
         source: how it is read. init: what it holds when weights are made up instead of read.
         arrange: from what `source` makes, or an Orbax checkpoint holds, of shape `stored_shape`, to the parameter;
             takes numpy and jax arrays. None: they are the same.
+        quantization: None: it stays as it is.
     """
 
     shape: tuple[int, ...]
@@ -45,6 +61,7 @@ class Wanted:
     init: Literal["normal", "ones", "zeros"] = "normal"
     stored_shape: tuple[int, ...] | None = None
     arrange: Callable[[Any], Any] | None = None
+    quantization: Quantization | None = None
 
 
 def take(name: str, shape: tuple[int, ...]) -> Source:

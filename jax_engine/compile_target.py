@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
+from checkpoints.quantized_weight import shapes
 from jax_engine.buckets import Bucket, buckets
 from jax_engine.config import EngineConfig, Limits, resolve
 from jax_engine.errors import ConfigError
@@ -88,8 +88,16 @@ def fit(config: EngineConfig, model: ModelConfig, target: Target) -> tuple[Model
     """
     limits = resolve(config, model, platform=target.devices[0].platform, num_pages=config.num_pages or 1)
     served = model.served(limits.max_model_len, limits.ring_pages > 0)
-    program = ModelProgram(served, config.dtype, target.devices, by_expert=config.enable_expert_parallel)
-    weights = sum(_bytes_per_device(want) for want in program.wanted.values())
+    program = ModelProgram(
+        served,
+        config.dtype,
+        target.devices,
+        by_expert=config.enable_expert_parallel,
+        kv_cache_dtype=config.kv_cache_dtype,
+        quantization=None if config.quantization == "auto" else config.quantization,
+    )
+    arrays = (array for want in program.wanted.values() for array in jax.tree.leaves(shapes(want)))
+    weights = sum(map(_bytes_per_device, arrays))
     page, slots = program.page_bytes(limits.page_size), program.slot_bytes(limits)
     usable = int(target.hbm_bytes * config.gpu_memory_utilization)
     useful = limits.max_num_seqs * limits.max_pages_per_seq
@@ -122,8 +130,9 @@ def _check_room(target: Target, config: EngineConfig, found: Fit, free: int) -> 
     )
 
 
-def _bytes_per_device(want: Any) -> int:
-    return math.prod(want.sharding.shard_shape(want.shape)) * jnp.dtype(want.dtype).itemsize
+def _bytes_per_device(array: jax.ShapeDtypeStruct) -> int:
+    assert array.sharding is not None
+    return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
 
 
 def compile_step(program: ModelProgram, bucket: Bucket, limits: Limits) -> StepReport:
@@ -139,7 +148,7 @@ def report(program: ModelProgram, bucket: Bucket, limits: Limits) -> tuple[StepR
     """The same, with the compiled step."""
     started = time.perf_counter()
     _, lowered = program.lower(bucket, limits)
-    return _compile(bucket, lowered, time.perf_counter() - started, program.compiler_options)
+    return _compile(bucket, lowered, time.perf_counter() - started, program.compiler_options(bucket))
 
 
 def compile_buckets(program: ModelProgram, limits: Limits) -> Iterator[StepReport]:
@@ -157,7 +166,7 @@ def compile_buckets(program: ModelProgram, limits: Limits) -> Iterator[StepRepor
         started = time.perf_counter()
         lowered = program.sampler(num_seqs, limits, sharding)[1].lower()
         seconds = time.perf_counter() - started
-        yield _compile(Bucket(0, num_seqs, False), lowered, seconds, program.compiler_options)[0]
+        yield _compile(Bucket(0, num_seqs, False), lowered, seconds, program.compiler_options())[0]
 
 
 def _compile(

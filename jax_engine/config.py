@@ -16,6 +16,8 @@ SCHEDULING_POLICIES = ("fcfs", "priority", "fair", "slo")
 PREEMPTION_MODES = ("auto", "recompute", "swap")
 WINDOW_CACHES = ("pages", "slots")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS = ("auto", "int8", "fp8")
+KV_CACHE_DTYPES = ("auto", "fp8")
 LOAD_FORMATS = ("auto", "dummy")
 GENERATION_CONFIGS = ("auto", "engine")
 
@@ -39,6 +41,10 @@ class EngineConfig:
     )
     tokenizer: str | None = _option(None, "Folder or file of the tokenizer, when it is not with the model.")
     dtype: str = _option("auto", "Of weights, activations and KV: auto (float32 on CPU, else bfloat16), float32, ....")
+    quantization: str = _option(
+        "auto", "Weights in 8 bits, scaled by output: int8 or fp8. auto: as the checkpoint has them."
+    )
+    kv_cache_dtype: str = _option("auto", "Of keys and values: auto: as dtype. fp8: e4m3, twice the pages.")
     load_format: str = _option("auto", "auto: read the checkpoint. dummy: random weights for the model's config.")
     generation_config: str = _option(
         "auto", "Sampling of requests that do not say: auto: as the model's generation_config. engine: unchanged."
@@ -109,6 +115,8 @@ class EngineConfig:
         self._check_choice("policy", SCHEDULING_POLICIES)
         self._check_choice("preemption_mode", PREEMPTION_MODES)
         self._check_choice("dtype", DTYPES)
+        self._check_choice("quantization", QUANTIZATIONS)
+        self._check_choice("kv_cache_dtype", KV_CACHE_DTYPES)
         self._check_choice("window_cache", WINDOW_CACHES)
         self._check_choice("load_format", LOAD_FORMATS)
         self._check_choice("generation_config", GENERATION_CONFIGS)

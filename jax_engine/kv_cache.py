@@ -33,18 +33,24 @@ class KVCache:
     last_tokens: Int[Array, " seqs"]
 
 
-def cache_shapes(model: ModelConfig, limits: Limits, dtype: jnp.dtype, device: attention_op.Device) -> KVCache:
-    """The cache's arrays on such a device, as jax.ShapeDtypeStructs."""
+def cache_shapes(
+    model: ModelConfig, limits: Limits, dtype: jnp.dtype, kv_dtype: jnp.dtype, device: attention_op.Device
+) -> KVCache:
+    """The cache's arrays on such a device, as jax.ShapeDtypeStructs.
+
+    Args:
+        dtype: of what recurrent layers keep of their inputs. kv_dtype: of keys and values.
+    """
     pages = _pool_shape(model, model.num_page_layers, limits.num_pages, limits.page_size, device)
     rings = _ring_shape(model, limits, device) if model.windows_by_slot else ()
     states = _state_shapes(model, limits.max_num_seqs, dtype)
 
     def make() -> KVCache:
-        pool: Any = jnp.zeros(pages, dtype)
+        pool: Any = jnp.zeros(pages, kv_dtype)
         if states:
             pool = RecurrentCache(pool, *(jnp.zeros(*state) for state in states))
         elif rings:
-            pool = WindowCache(pool, jnp.zeros(rings, dtype))
+            pool = WindowCache(pool, jnp.zeros(rings, kv_dtype))
         return KVCache(
             pool=pool,
             token_ids=jnp.zeros(limits.num_pages * limits.page_size, jnp.int32),
@@ -54,9 +60,9 @@ def cache_shapes(model: ModelConfig, limits: Limits, dtype: jnp.dtype, device: a
     return jax.eval_shape(make)
 
 
-def page_bytes(model: ModelConfig, page_size: int, dtype: jnp.dtype, device: attention_op.Device) -> int:
+def page_bytes(model: ModelConfig, page_size: int, kv_dtype: jnp.dtype, device: attention_op.Device) -> int:
     """Bytes of one page over all layers that have pages, on such a device."""
-    pool = math.prod(_pool_shape(model, model.num_page_layers, 1, page_size, device)) * jnp.dtype(dtype).itemsize
+    pool = math.prod(_pool_shape(model, model.num_page_layers, 1, page_size, device)) * kv_dtype.itemsize
     return pool + page_size * jnp.dtype(jnp.int32).itemsize
 
 
@@ -74,10 +80,12 @@ def _pool_shape(
     )
 
 
-def slot_bytes(model: ModelConfig, limits: Limits, dtype: jnp.dtype, device: attention_op.Device) -> int:
+def slot_bytes(
+    model: ModelConfig, limits: Limits, dtype: jnp.dtype, kv_dtype: jnp.dtype, device: attention_op.Device
+) -> int:
     """Bytes kept for all slots, whatever the number of pages: recurrent states, and rings of layers with windows."""
     states = _state_shapes(model, limits.max_num_seqs, dtype)
-    rings = math.prod(_ring_shape(model, limits, device)) * jnp.dtype(dtype).itemsize if model.windows_by_slot else 0
+    rings = math.prod(_ring_shape(model, limits, device)) * kv_dtype.itemsize if model.windows_by_slot else 0
     return rings + sum(math.prod(shape) * kind.itemsize for shape, kind in states)
 
 

@@ -32,7 +32,7 @@ from jax_engine.group import least
 from jax_engine.kv_cache import KVCache
 from jax_engine.models import read_config
 from jax_engine.page_store import PageStore
-from jax_engine.program import ModelProgram, nested
+from jax_engine.program import ModelProgram, chosen_quantization, nested
 from jax_engine.sampler import SamplerOutput
 from jax_engine.schedule import Copies
 from jax_engine.sharding import choose_devices
@@ -108,7 +108,14 @@ class ModelRunner:
         # A configuration that cannot work is told before weights are read.
         limits = resolve(config, self.model_config, platform=self.platform, num_pages=config.num_pages or 1)
         self.model_config = self.model_config.served(limits.max_model_len, limits.ring_pages > 0)
-        self._program = ModelProgram(self.model_config, config.dtype, devices, by_expert=config.enable_expert_parallel)
+        self._program = ModelProgram(
+            self.model_config,
+            config.dtype,
+            devices,
+            by_expert=config.enable_expert_parallel,
+            kv_cache_dtype=config.kv_cache_dtype,
+            quantization=chosen_quantization(config.quantization, checkpoint),
+        )
         # XLA:CPU's programs are made for one machine, and loading one made on another is not safe.
         keeps_steps = cache_dir != "" and self.platform != "cpu" and jax.process_count() == 1
         self._store = StepStore(folder / "steps", devices) if keeps_steps else None
@@ -120,7 +127,7 @@ class ModelRunner:
             if config.load_format == "dummy"
             else load(self._program.renamed(checkpoint), wanted, ignore=self._program.ignored_tensors)
         )
-        self.weight_bytes = sum(array.nbytes for array in arrays.values())
+        self.weight_bytes = sum(array.nbytes for array in jax.tree.leaves(arrays))
         self.weights = nested(arrays)
         num_pages = config.num_pages or self._num_pages_that_fit(config, devices)
         self.limits = resolve(config, self.model_config, platform=self.platform, num_pages=num_pages)

@@ -13,16 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 
 from checkpoints.formats import Checkpoint
-from checkpoints.weight_map import Wanted
+from checkpoints.quantized_weight import shapes, stored_format
+from checkpoints.weight_map import Quantization, Wanted
 from jax_engine.batch import Adjustments, BatchLayout, no_adjustments
 from jax_engine.buckets import Bucket
 from jax_engine.compilation import Program
 from jax_engine.config import Limits
 from jax_engine.constraints import unconstrained
+from jax_engine.errors import ConfigError
 from jax_engine.kv_cache import KVCache, cache_shapes, page_bytes, slot_bytes
+from jax_engine.layers.linear import FP8_ROWS
 from jax_engine.model_config import ModelConfig
 from jax_engine.models import model_class
 from jax_engine.sampler import SamplerOutput
@@ -49,7 +51,9 @@ class ModelProgram:
 
     Args:
         dtype: of weights, activations and KV; `auto` for the device's own.
+        kv_cache_dtype: `auto`: keys and values are of dtype too. `fp8`: float8_e4m3fn.
         by_expert: experts lie whole on one of the devices each, rather than in parts on all.
+        quantization: `int8` or `fp8`: factors of products are kept in so many bits. None: they are of `dtype`.
 
     Attributes:
         device: what the devices are, as the kernels' packages name it.
@@ -61,31 +65,49 @@ class ModelProgram:
         ConfigError: nobody has written the model's architecture yet.
     """
 
-    def __init__(self, model_config: ModelConfig, dtype: str, devices: list[Any], *, by_expert: bool = False):
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        dtype: str,
+        devices: list[Any],
+        *,
+        by_expert: bool = False,
+        kv_cache_dtype: str = "auto",
+        quantization: str | None = None,
+    ):
         self.model_config = model_config
         self._placed_config = with_kv_copies(model_config, len(devices))
         self.device = attention_op.Device(devices[0].platform, devices[0].device_kind)
         self.dtype = jnp.dtype(_dtype(dtype, self.device.platform))
+        self.kv_dtype = jnp.dtype(jnp.float8_e4m3fn) if kv_cache_dtype == "fp8" else self.dtype
+        self._quantization = quantization
         self.mesh = make_mesh(devices)
         self.replicated = replicated(self.mesh)
         model = model_class(model_config)
         self._graph, state = self._abstract(model, self._placed_config)
-        self.wanted = _wanted(state, model.weight_map(model_config), self.mesh, by_expert)
+        place = functools.partial(sharding_of, mesh=self.mesh, by_expert=by_expert)
+        self.wanted = _wanted(state, model.weight_map(model_config), place, quantization)
         if self._placed_config != model_config:
             _, stored = self._abstract(model, model_config)
             self.wanted = _with_kv_copies(self.wanted, stored, model_config, self._placed_config)
         self.ignored_tensors = model.IGNORED_TENSORS
         self._tensor_name = model.tensor_name
 
-    @property
-    def compiler_options(self) -> dict[str, Any] | None:
-        """For compiling what `lower` gives."""
-        return GPU_COMPILER_OPTIONS if self.device.platform == "gpu" else None
+    def compiler_options(self, bucket: Bucket | None = None) -> dict[str, Any] | None:
+        """For compiling what `lower` gives for the bucket, or a sampler."""
+        if self.device.platform != "gpu":
+            return None
+        if bucket is None or self._quantization != "fp8" or bucket.num_tokens < FP8_ROWS:
+            return GPU_COMPILER_OPTIONS
+        # Products of fp8 with fp8 are fastest in cuBLAS. XLA may put a Triton kernel of its own in their place, chosen
+        # by timing it; with one such choice a layer took 68 ms (benchmarks/results/h100_quantized_products.json).
+        return GPU_COMPILER_OPTIONS | {"xla_gpu_enable_triton_gemm": False}
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights, over all devices."""
-        return sum(int(np.prod(want.shape)) * jnp.dtype(want.dtype).itemsize for want in self.wanted.values())
+        arrays = jax.tree.leaves(self._abstract_weights())
+        return sum(int(np.prod(array.shape)) * array.dtype.itemsize for array in arrays)
 
     def renamed(self, checkpoint: Checkpoint) -> Checkpoint:
         """The checkpoint with its tensors under the names that `wanted` has for them."""
@@ -96,11 +118,12 @@ class ModelProgram:
 
     def page_bytes(self, page_size: int) -> int:
         """Bytes of one page of the KV cache over all layers, on each device."""
-        return page_bytes(share_of(self._placed_config, self.mesh), page_size, self.dtype, self.device)
+        return page_bytes(share_of(self._placed_config, self.mesh), page_size, self.kv_dtype, self.device)
 
     def slot_bytes(self, limits: Limits) -> int:
         """Bytes of the cache that do not depend on the number of pages, on each device."""
-        return slot_bytes(share_of(self._placed_config, self.mesh), limits, self.dtype, self.device)
+        model = share_of(self._placed_config, self.mesh)
+        return slot_bytes(model, limits, self.dtype, self.kv_dtype, self.device)
 
     def cache_shapes(self, limits: Limits) -> KVCache:
         """The cache's arrays, with their places, as jax.ShapeDtypeStructs.
@@ -108,7 +131,8 @@ class ModelProgram:
         Each device has a cache for its share of the kv heads; those of several devices lie side by side along the first
         axis of each array, whatever its layout.
         """
-        own = cache_shapes(share_of(self._placed_config, self.mesh), limits, self.dtype, self.device)
+        model = share_of(self._placed_config, self.mesh)
+        own = cache_shapes(model, limits, self.dtype, self.kv_dtype, self.device)
         return side_by_side(own, self.mesh)
 
     def lower(self, bucket: Bucket, limits: Limits) -> tuple[BatchLayout, jax.stages.Lowered]:
@@ -134,7 +158,7 @@ class ModelProgram:
         results = (self.cache_shapes(limits), StepOutput(_SAMPLED, leaf, leaf, (leaf, leaf, leaf, leaf)))
         arguments = self._step_arguments(layout, limits)
         return layout, self._program(
-            f"step {bucket}", arguments, results, lambda: self.lower(bucket, limits)[1], limits
+            f"step {bucket}", arguments, results, lambda: self.lower(bucket, limits)[1], limits, bucket
         )
 
     def sampler(self, num_seqs: int, limits: Limits, logits_sharding: Any) -> tuple[BatchLayout, Program]:
@@ -152,9 +176,11 @@ class ModelProgram:
         lower = functools.partial(self._lower_sampler, layout, limits, arguments)
         return layout, self._program(f"sampler {num_seqs}", arguments, results, lower, limits)
 
-    def _program(self, name: str, arguments: tuple, results: Any, lower: Callable, limits: Limits) -> Program:
+    def _program(
+        self, name: str, arguments: tuple, results: Any, lower: Callable, limits: Limits, bucket: Bucket | None = None
+    ) -> Program:
         made_from = (name, self._placed_config, self.model_config, self.dtype, self.mesh.shape, limits)
-        return Program(repr(made_from), arguments, results, lower, self.compiler_options)
+        return Program(repr(made_from), arguments, results, lower, self.compiler_options(bucket))
 
     def _step_arguments(self, layout: BatchLayout, limits: Limits) -> tuple:
         bucket = layout.bucket
@@ -187,17 +213,31 @@ class ModelProgram:
     def _abstract(self, model: Callable[..., nnx.Module], config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
         return nnx.split(nnx.eval_shape(lambda: model(config, self.dtype, self.device.platform != "cpu")))
 
-    def _abstract_weights(self) -> dict[str, jax.ShapeDtypeStruct]:
-        return {
-            name: jax.ShapeDtypeStruct(want.shape, want.dtype, sharding=want.sharding)
-            for name, want in self.wanted.items()
-        }
+    def _abstract_weights(self) -> dict[str, Any]:
+        return {name: shapes(want) for name, want in self.wanted.items()}
 
     def _placed(self, arrays: Any) -> Any:
         def place(array: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self.replicated)
 
         return jax.tree.map(place, arrays)
+
+
+def chosen_quantization(asked: str, checkpoint: Checkpoint) -> str | None:
+    """The format of the weights' values: the checkpoint's own, or what the operator asks for.
+
+    Raises:
+        ConfigError: the checkpoint is quantised already, to another format.
+    """
+    stored = stored_format(checkpoint.tensors) if checkpoint.format == "orbax" else None
+    if asked == "auto":
+        return stored
+    if stored not in (None, asked):
+        raise ConfigError(
+            f"quantization {asked}: {checkpoint.path} holds {stored} weights, from which no others can be made; "
+            f"leave it at auto, or convert the original with --quantization={asked}"
+        )
+    return asked
 
 
 def nested(arrays: dict[str, Any]) -> dict:
@@ -218,17 +258,21 @@ def _dtype(name: str, platform: str) -> str:
     return name
 
 
-def _wanted(state: nnx.State, sources: dict, mesh: Mesh, by_expert: bool) -> dict[str, Wanted]:
+def _wanted(state: nnx.State, sources: dict, place: Callable[..., Any], quantization: str | None) -> dict[str, Wanted]:
     wanted = {}
     for path, variable in nnx.to_flat_state(state):
         metadata = variable.get_metadata()
-        name = ".".join(map(str, path))
+        name, axes, inputs = ".".join(map(str, path)), metadata["axes"], metadata["inputs"]
+        quantized = None
+        if quantization and inputs:
+            quantized = Quantization(quantization, inputs, place(axes[:-inputs], variable.shape[:-inputs]))
         wanted[name] = Wanted(
             shape=variable.shape,
             dtype=variable.dtype,
-            sharding=sharding_of(metadata["axes"], variable.shape, mesh, by_expert=by_expert),
+            sharding=place(axes, variable.shape),
             source=sources[name],
             init=metadata["init"],
+            quantization=quantized,
         )
     return wanted
 

@@ -125,10 +125,11 @@ def copy_kv_heads(array: Any, axes: Sequence[str | None], stored: ModelConfig, p
     `kv_heads` axis comes back as it is.
 
     Args:
-        axes: of the parameter. `group` follows `kv_heads`: the query heads of a kv head; or these, one or more rows of
-            each in turn, then key and value.
+        axes: of the parameter, or of more: the scales of a quantised one have its first dimensions. `group` follows
+            `kv_heads`: the query heads of a kv head; or these, one or more rows of each in turn, then key and value.
     """
     copies = placed.num_key_value_heads // stored.num_key_value_heads
+    axes = axes[: array.ndim]
     if copies == 1 or "kv_heads" not in axes:
         return array
     xp = array.__array_namespace__()

@@ -46,10 +46,29 @@ def test_a_step_compiles_in_place_and_without_spills(bucket, tmp_path, monkeypat
     program = ModelProgram(model, "bfloat16", [device])
     assert program.device.platform == "gpu"
     lowered = program.lower(bucket, limits)[1]
-    memory = lowered.compile(compiler_options=program.compiler_options).memory_analysis()
+    memory = lowered.compile(compiler_options=program.compiler_options(bucket)).memory_analysis()
     pool = program.cache_shapes(limits).pool
     pool_bytes = math.prod(pool.shape) * 2
     assert memory.alias_size_in_bytes >= pool_bytes
     assert memory.temp_size_in_bytes < pool_bytes / LAYERS
     reports = [file.read_text() for file in tmp_path.glob("*.ptxas")]
     assert reports and all("0 bytes spill stores, 0 bytes spill loads" in report for report in reports)
+
+
+@pytest.mark.parametrize(
+    ("format", "rows"), [pytest.param("int8", 32, marks=pytest.mark.long), ("fp8", 32), ("fp8", 256)]
+)
+def test_products_take_weights_of_8_bits_as_they_are(format, rows):
+    """No whole weight is converted on the way: converted inside the products, or multiplied with fp8 as it is."""
+    device = open_target("h100").devices[0]
+    model = dataclasses.replace(read_config(NAMED_SHAPES["llama-3.1-8b"]), num_hidden_layers=1, vocab_size=4096)
+    limits = resolve(EngineConfig(), model, platform="gpu", num_pages=PAGES)
+    program = ModelProgram(model, "bfloat16", [device], quantization=format)
+    bucket = Bucket(rows, rows, True)
+    compiled = program.lower(bucket, limits)[1].compile(program.compiler_options(bucket))
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    assert text is not None and memory is not None
+    smallest = 2 * 4096 * 4096  # bytes of attention's output product in bfloat16
+    assert memory.temp_size_in_bytes < smallest
+    found = text.count('custom_call_target="__cublas$lt$matmul$f8"')
+    assert found >= 5 if rows == 256 else found == 0

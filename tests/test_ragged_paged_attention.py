@@ -59,6 +59,21 @@ def test_bfloat16():
     _check(make_inputs(SHAPES["smollm2-135m"], MIXES["mixed"], dtype=jnp.bfloat16), tolerance=1e-2)
 
 
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_pool_of_8_bits(mix, dtype):
+    inputs = make_inputs(SHAPES["mha"], MIXES[mix], dtype=dtype, pool_dtype=jnp.float8_e4m3fn)
+    _check(inputs, tolerance=1e-5 if dtype == jnp.float32 else 1e-2)
+
+
+def test_what_8_bits_cannot_hold_becomes_their_largest_number():
+    inputs = make_inputs(SHAPES["tiny"], MIXES["chunked"], pool_dtype=jnp.float8_e4m3fn)
+    inputs = dataclasses.replace(inputs, k=inputs.k * 1e3, v=inputs.v.at[::2, 0, 0].set(-1e6))
+    _check(inputs)
+    _, pool = _run(inputs)
+    assert np.nanmin(np.asarray(pool, np.float32)) == -448
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -69,7 +69,9 @@ def test_a_long_context_costs_what_its_window_holds():
         )
         model = model.served(max_model_len, limits.ring_pages > 0)
         page = page_bytes(model, 16, np.dtype(np.float32), cpu)
-        return page, slot_bytes(model, limits, np.dtype(np.float32), cpu) + 4 * page * limits.max_pages_per_seq
+        return page, slot_bytes(
+            model, limits, np.dtype(np.float32), np.dtype(np.float32), cpu
+        ) + 4 * page * limits.max_pages_per_seq
 
     full_page, full = bytes_of("pages", 8192)
     own_page, own = bytes_of("slots", 8192)

@@ -44,8 +44,12 @@ class Attention(nnx.Module):
         embed, num_kv_heads, head_dim = config.hidden_size, config.num_key_value_heads, config.head_dim
         group = config.num_attention_heads // num_kv_heads
         rows = (2 if gated else 1) * group + 2
-        self.qkv = declare((num_kv_heads, rows, head_dim, embed), dtype, ("kv_heads", "group", "head_dim", "embed"))
-        self.output = declare((embed, num_kv_heads, group, head_dim), dtype, ("embed", "kv_heads", "group", "head_dim"))
+        self.qkv = declare(
+            (num_kv_heads, rows, head_dim, embed), dtype, ("kv_heads", "group", "head_dim", "embed"), inputs=1
+        )
+        self.output = declare(
+            (embed, num_kv_heads, group, head_dim), dtype, ("embed", "kv_heads", "group", "head_dim"), inputs=3
+        )
         if config.attention_bias:
             axes = ("kv_heads", "group", "head_dim")
             self.qkv_bias = declare((num_kv_heads, rows, head_dim), dtype, axes, init="zeros")

@@ -31,18 +31,19 @@ class LatentAttention(nnx.Module):
         embed, heads = config.hidden_size, config.num_attention_heads
         query_size = mla.nope_dim + mla.rope_dim
         if mla.query_rank:
-            self.query_down = declare((mla.query_rank, embed), dtype, (None, "embed"))
+            self.query_down = declare((mla.query_rank, embed), dtype, (None, "embed"), inputs=1)
             self.query_norm = RMSNorm(mla.query_rank, _LATENT_EPS, dtype)
         self.query = declare(
             (heads, query_size, mla.query_rank or embed),
             dtype,
             ("heads", "head_dim", None if mla.query_rank else "embed"),
+            inputs=1,
         )
-        self.latent_down = declare((config.head_dim, embed), dtype, ("head_dim", "embed"))
+        self.latent_down = declare((config.head_dim, embed), dtype, ("head_dim", "embed"), inputs=1)
         self.latent_norm = RMSNorm(mla.latent_dim, _LATENT_EPS, dtype)
-        self.key_up = declare((heads, mla.latent_dim, mla.nope_dim), dtype, ("heads", None, "head_dim"))
-        self.value_up = declare((heads, mla.value_dim, mla.latent_dim), dtype, ("heads", "head_dim", None))
-        self.output = declare((embed, heads, mla.value_dim), dtype, ("embed", "heads", "head_dim"))
+        self.key_up = declare((heads, mla.latent_dim, mla.nope_dim), dtype, ("heads", None, "head_dim"), inputs=1)
+        self.value_up = declare((heads, mla.value_dim, mla.latent_dim), dtype, ("heads", "head_dim", None), inputs=1)
+        self.output = declare((embed, heads, mla.value_dim), dtype, ("embed", "heads", "head_dim"), inputs=2)
         if config.attention_bias:
             if mla.query_rank:
                 self.query_bias = declare((mla.query_rank,), dtype, (None,), init="zeros")

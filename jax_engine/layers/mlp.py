@@ -25,8 +25,8 @@ class GatedMLP(nnx.Module):
     """Gated feed-forward, SwiGLU and its like (arXiv 2002.05202), gate and up from one matrix product."""
 
     def __init__(self, embed: int, hidden: int, dtype: jnp.dtype, *, activation: str = "silu", bias: bool = False):
-        self.gate_up = declare((2, hidden, embed), dtype, ("gate_up", "mlp", "embed"))
-        self.down = declare((embed, hidden), dtype, ("embed", "mlp"))
+        self.gate_up = declare((2, hidden, embed), dtype, ("gate_up", "mlp", "embed"), inputs=1)
+        self.down = declare((embed, hidden), dtype, ("embed", "mlp"), inputs=1)
         if bias:
             self.gate_up_bias = declare((2, hidden), dtype, ("gate_up", "mlp"), init="zeros")
             self.down_bias = declare((embed,), dtype, ("embed",), init="zeros")
@@ -46,9 +46,9 @@ class MLP(nnx.Module):
     """Feed-forward without a gate, with biases."""
 
     def __init__(self, embed: int, hidden: int, dtype: jnp.dtype, *, activation: str):
-        self.up = declare((hidden, embed), dtype, ("mlp", "embed"))
+        self.up = declare((hidden, embed), dtype, ("mlp", "embed"), inputs=1)
         self.up_bias = declare((hidden,), dtype, ("mlp",), init="zeros")
-        self.down = declare((embed, hidden), dtype, ("embed", "mlp"))
+        self.down = declare((embed, hidden), dtype, ("embed", "mlp"), inputs=1)
         self.down_bias = declare((embed,), dtype, ("embed",), init="zeros")
         self.activation = activation
 

@@ -72,8 +72,10 @@ class MoE(nnx.Module):
             config.moe.intermediate_size,
         )
         self.router = Router(embed, moe, dtype)
-        self.gate_up = declare((experts, 2, hidden, embed), dtype, ("expert", "gate_up", "expert_mlp", "embed"))
-        self.down = declare((experts, embed, hidden), dtype, ("expert", "embed", "expert_mlp"))
+        self.gate_up = declare(
+            (experts, 2, hidden, embed), dtype, ("expert", "gate_up", "expert_mlp", "embed"), inputs=1
+        )
+        self.down = declare((experts, embed, hidden), dtype, ("expert", "embed", "expert_mlp"), inputs=1)
         if moe.expert_bias:
             axes = ("expert", "gate_up", "expert_mlp")
             self.gate_up_bias = declare((experts, 2, hidden), dtype, axes, init="zeros")

@@ -5,11 +5,14 @@ its own device's part of each weight. Whether a weight is split is read off its 
 has a part. On one device nothing is split, and nothing here adds an operation.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from checkpoints.quantized_weight import QuantizedWeight
 from jax_engine.sharding import TENSOR
 
 
@@ -42,13 +45,18 @@ def shard_index() -> Array:
 
 
 def take_rows(table: nnx.Param, ids: Int[Array, " T"]) -> Float[Array, "T D"]:
-    """Rows of a table whose first axis may be split."""
-    rows = table[...]
+    """Rows of a table whose first axis may be split; float32 of a quantised one."""
     if not is_split(table):
-        return rows[ids]
-    local = ids - shard_index() * rows.shape[0]
-    mine = (local >= 0) & (local < rows.shape[0])
-    return jax.lax.psum(jnp.where(mine[:, None], rows[jnp.where(mine, local, 0)], 0), TENSOR)
+        return _rows(table.get_value(), ids)
+    local = ids - shard_index() * table.shape[0]
+    mine = (local >= 0) & (local < table.shape[0])
+    return jax.lax.psum(jnp.where(mine[:, None], _rows(table.get_value(), jnp.where(mine, local, 0)), 0), TENSOR)
+
+
+def _rows(table: Any, ids: Array) -> Array:
+    if not isinstance(table, QuantizedWeight):
+        return table[ids]
+    return table.values[ids].astype(jnp.float32) * table.scale[ids, None]
 
 
 def gather_columns(part: Float[Array, "B _"], weight: nnx.Param) -> Float[Array, "B V"]:

@@ -49,7 +49,7 @@ class GatedDeltaNet(nnx.Module):
         embed, heads, group = config.hidden_size, delta.num_key_heads, delta.num_value_heads // delta.num_key_heads
         channels = 2 * delta.key_dim + group * delta.value_dim
         self.project = declare(
-            (heads, channels + group * delta.value_dim, embed), dtype, ("heads", "head_dim", "embed")
+            (heads, channels + group * delta.value_dim, embed), dtype, ("heads", "head_dim", "embed"), inputs=1
         )
         self.project_gates = declare((heads, 2 * group, embed), dtype, ("heads", "group", "embed"))
         self.convolution = declare((heads, channels, delta.width), dtype, ("heads", "head_dim", None))
@@ -57,7 +57,7 @@ class GatedDeltaNet(nnx.Module):
         self.log_decay = declare((heads, group), wide, ("heads", "group"), init="zeros")
         self.time_bias = declare((heads, group), wide, ("heads", "group"), init="ones")
         self.norm = RMSNorm(delta.value_dim, config.norm_eps, dtype)
-        self.output = declare((embed, heads, group * delta.value_dim), dtype, ("embed", "heads", "head_dim"))
+        self.output = declare((embed, heads, group * delta.value_dim), dtype, ("embed", "heads", "head_dim"), inputs=2)
         self.delta, self.group, self.activation = delta, group, config.activation
 
     def __call__(

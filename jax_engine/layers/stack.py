@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from checkpoints.quantized_weight import QuantizedWeight
 from jax_engine.layers.linear import WeightByLayer
 
 
@@ -69,10 +70,11 @@ def _apply(graph: nnx.GraphDef, state: dict, carry: tuple, shared: tuple, place:
 
 
 def _apply_chosen(kind: _Kind, index: jax.Array, place: jax.Array, carry: tuple, *, shared: tuple) -> tuple:
-    weights = jax.tree.map(functools.partial(_choose, index), *kind.states)
+    choose = functools.partial(_choose, index)
+    weights = jax.tree.map(choose, *kind.states, is_leaf=lambda leaf: isinstance(leaf, QuantizedWeight))
     return nnx.merge(kind.graph, weights)(*carry, *shared, place)
 
 
-def _choose(index: jax.Array, *weights: jax.Array) -> Any:
+def _choose(index: jax.Array, *weights: Any) -> Any:
     # Vectors are small enough to stack; see WeightByLayer for the rest.
     return jnp.stack(weights)[index] if weights[0].ndim == 1 else WeightByLayer(weights, index)

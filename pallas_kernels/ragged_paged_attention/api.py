@@ -164,8 +164,14 @@ def write_kv(
 ) -> Float[Array, "..."]:
     """Writes each real token's key and value at its place in `layer`; in place when the pool is donated.
 
-    k and v are rounded to the pool's dtype. Padding tokens write nothing. v is None where the pool has keys only.
+    k and v are rounded to the pool's dtype, and what is past the largest number of an 8-bit one becomes that number.
+    Padding tokens write nothing. v is None where the pool has keys only.
     """
+    if pool.dtype.itemsize == 1:
+        # Its type has no infinity: what does not fit would become NaN, and spoil its sequence.
+        largest = float(jnp.finfo(pool.dtype).max)
+        k = jnp.clip(k, -largest, largest)
+        v = None if v is None else jnp.clip(v, -largest, largest)
     return _IMPLEMENTATIONS[plan.implementation].write_kv(pool, k, v, plan.slots, plan.work, layer * plan.num_pages)
 
 
@@ -183,8 +189,9 @@ def ragged_paged_attention(
 ) -> Float[Array, "T N V"]:
     """Causal attention: the token at position p sees its row's positions 0..p, as the pool holds them.
 
-    Softmax and sums are float32 whatever the dtype of q and pool. Query head n reads kv head n // (N // K). Slots
-    nobody has written may hold anything, NaN included. On one shape a row's result does not depend on the other rows.
+    Softmax and sums are float32 whatever the dtype of q and pool. The pool's is q's, or float8_e4m3fn, whose numbers
+    become q's where they are read, exactly. Query head n reads kv head n // (N // K). Slots nobody has written may hold
+    anything, NaN included. On one shape a row's result does not depend on the other rows.
 
     Args:
         scale: factor of the scores, usually H ** -0.5.

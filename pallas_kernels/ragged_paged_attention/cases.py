@@ -70,9 +70,21 @@ class Inputs:
 
 
 def make_inputs(
-    shape: Shape, mix: Mix, *, page_size: int = 16, dtype=jnp.float32, num_layers: int = 2, seed: int = 0, poison=np.nan
+    shape: Shape,
+    mix: Mix,
+    *,
+    page_size: int = 16,
+    dtype=jnp.float32,
+    num_layers: int = 2,
+    seed: int = 0,
+    poison=np.nan,
+    pool_dtype=None,
 ) -> Inputs:
-    """Draws a step. `poison` fills each slot that holds no past token; page ids past a row's need are arbitrary."""
+    """Draws a step. `poison` fills each slot that holds no past token; page ids past a row's need are arbitrary.
+
+    Args:
+        pool_dtype: the pool's, where it is not `dtype`.
+    """
     rng = np.random.default_rng(seed)
     kv_lens, query_lens = (
         np.array([r[i] for r in mix.rows] + [0] * (mix.batch - len(mix.rows)), np.int32) for i in (0, 1)
@@ -103,4 +115,5 @@ def make_inputs(
         num_decodes=jnp.int32((query_lens == 1).sum()),
     )
     kv_heads = shape.num_kv_heads
-    return Inputs(draw(shape.num_heads), draw(kv_heads), draw(kv_heads), jnp.asarray(pool, dtype), ragged, num_pages)
+    new = draw(shape.num_heads), draw(kv_heads), draw(kv_heads)
+    return Inputs(*new, jnp.asarray(pool, pool_dtype or dtype), ragged, num_pages)

@@ -8,8 +8,10 @@ import numpy as np
 
 
 def write_kv(pool, k, v, ragged, layer, num_pages):
-    """The pool after each row's new tokens are written, as a new array."""
+    """The pool after each row's new tokens are written, as a new array; 8 bits hold no more than 448."""
     pool = np.array(pool)
+    if pool.dtype.itemsize == 1:
+        k, v = (np.clip(np.asarray(x, np.float32), -448, 448) for x in (k, v))
     page_size = pool.shape[3]
     for row, start, end in _rows(ragged):
         first = int(ragged.kv_lens[row]) - (end - start)

@@ -229,13 +229,14 @@ def _attend_group(queries, pool, pages, first_page, positions, lens, options, ch
     if options.sliding_window is not None:
         oldest = jnp.maximum(positions - options.sliding_window + 1, 0)
         first = jnp.where(positions >= 0, oldest, jnp.iinfo(jnp.int32).max).min() // size
-    precision = jax.lax.Precision.HIGHEST if pool.dtype == jnp.float32 else None
+    precision = jax.lax.Precision.HIGHEST if queries.dtype == jnp.float32 else None
     einsum = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
 
     def attend_chunk(c, carry):
         acc, top, total = carry
         page = jax.lax.dynamic_slice_in_dim(pages, c * (size // page_size), size // page_size, axis=1)
         keys, values = _read_tiles(pool, page + first_page, options.value_dim)
+        keys, values = keys.astype(queries.dtype), values.astype(queries.dtype)
         key_position = c * size + jnp.arange(size, dtype=jnp.int32)
         scores = einsum("rmh,rsh->rms", queries, keys)
         scores = _mask_scores(scores, key_position, positions, num_kv_heads, options)

@@ -1,6 +1,7 @@
 """`jax-engine convert`: any checkpoint to an Orbax one, which restores in parallel to any number of devices."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags as absl_flags
 
@@ -22,6 +23,7 @@ def run(argv: Sequence[str]) -> int:
         "Of the weights: auto (the source's; float32 if it is quantised), float32, bfloat16, float16.",
         **here,
     )
+    absl_flags.DEFINE_enum("quantization", None, ("int8", "fp8"), "Store weights in 8 bits.", **here)
     if not common.parse(flag_values, "convert", COMMANDS["convert"], argv):
         return 0
     model, out = flag_values["model"].value, flag_values["out"].value
@@ -29,5 +31,6 @@ def run(argv: Sequence[str]) -> int:
         raise flags.UsageError("both are needed: the model (--model), and the folder to write (--out)")
     from jax_engine.convert import convert
 
-    print(convert(model, out, dtype=str(flag_values["dtype"].value), tokenizer=flag_values["tokenizer"].value))
+    options: dict[str, Any] = {name: flag_values[name].value for name in ("dtype", "quantization", "tokenizer")}
+    print(convert(model, out, **options))
     return 0
