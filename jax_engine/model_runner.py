@@ -37,7 +37,6 @@ from jax_engine.sampler import SamplerOutput
 from jax_engine.schedule import Copies
 from jax_engine.sharding import choose_devices
 from jax_engine.step import StepOutput
-from jax_engine.step_store import StepStore
 from jax_engine.xla_flags import set_xla_flags
 
 _log = logging.getLogger(__name__)
@@ -97,9 +96,10 @@ class ModelRunner:
 
     def __init__(self, config: EngineConfig, checkpoint: Checkpoint):
         cache_dir = config.compilation_cache_dir
-        folder = default_cache_dir() / "compiled" if cache_dir is None else Path(cache_dir).expanduser()
         if cache_dir != "":
-            _use_compilation_cache(folder)
+            _use_compilation_cache(
+                default_cache_dir() / "compiled" if cache_dir is None else Path(cache_dir).expanduser()
+            )
         set_xla_flags()
         self.model_config = read_config(checkpoint.config)
         devices = choose_devices(jax.devices(), config.tensor_parallel_size)
@@ -116,9 +116,6 @@ class ModelRunner:
             kv_cache_dtype=config.kv_cache_dtype,
             quantization=chosen_quantization(config.quantization, checkpoint),
         )
-        # XLA:CPU's programs are made for one machine, and loading one made on another is not safe.
-        keeps_steps = cache_dir != "" and self.platform != "cpu" and jax.process_count() == 1
-        self._store = StepStore(folder / "steps", devices) if keeps_steps else None
         self.dtype = self._program.dtype
         self._replicated = self._program.replicated
         wanted = self._program.wanted
@@ -275,7 +272,7 @@ class ModelRunner:
         return steps, built
 
     def _build[Key](self, programs: dict[Key, tuple[BatchLayout, Program]], unit: str) -> dict[Key, _Compiled]:
-        built = build({key: program for key, (_, program) in programs.items()}, self._store, self.platform, unit)
+        built = build({key: program for key, (_, program) in programs.items()}, self.platform, unit)
         return {key: (layout, built[key]) for key, (layout, _) in programs.items()}
 
 

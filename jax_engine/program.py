@@ -27,7 +27,6 @@ from jax_engine.kv_cache import KVCache, cache_shapes, page_bytes, slot_bytes
 from jax_engine.layers.linear import FP8_ROWS
 from jax_engine.model_config import ModelConfig
 from jax_engine.models import model_class
-from jax_engine.sampler import SamplerOutput
 from jax_engine.sharding import (
     TENSOR,
     copy_kv_heads,
@@ -38,12 +37,9 @@ from jax_engine.sharding import (
     side_by_side,
     with_kv_copies,
 )
-from jax_engine.step import StepOutput, sample_step, step
+from jax_engine.step import sample_step, step
 from jax_engine.xla_flags import GPU_COMPILER_OPTIONS
 from pallas_kernels.ragged_paged_attention import api as attention_op
-
-#: Of the form of a sampler's results.
-_SAMPLED = SamplerOutput._make(SamplerOutput._fields)
 
 
 class ModelProgram:
@@ -152,14 +148,9 @@ class ModelProgram:
         return layout, lowered
 
     def step(self, bucket: Bucket, limits: Limits) -> tuple[BatchLayout, Program]:
-        """The step of a bucket, for the compiler or the store of what it has made."""
-        layout = BatchLayout(bucket, limits.max_pages_per_seq)
-        leaf: Any = "any"  # only the form counts
-        results = (self.cache_shapes(limits), StepOutput(_SAMPLED, leaf, leaf, (leaf, leaf, leaf, leaf)))
-        arguments = self._step_arguments(layout, limits)
-        return layout, self._program(
-            f"step {bucket}", arguments, results, lambda: self.lower(bucket, limits)[1], limits, bucket
-        )
+        """The step of a bucket, for the compiler."""
+        program = Program(lambda: self.lower(bucket, limits)[1], self.compiler_options(bucket))
+        return BatchLayout(bucket, limits.max_pages_per_seq), program
 
     def sampler(self, num_seqs: int, limits: Limits, logits_sharding: Any) -> tuple[BatchLayout, Program]:
         """The sampling of deferred steps of so many sequences; it takes what step.sample_step takes."""
@@ -172,15 +163,8 @@ class ModelProgram:
             jax.ShapeDtypeStruct((num_seqs, vocab_size), jnp.float32, sharding=logits_sharding),
             *self._placed((Adjustments(*no_adjustments(num_seqs)), unconstrained(num_seqs, vocab_size))),
         )
-        results = (cache.last_tokens, _SAMPLED)
         lower = functools.partial(self._lower_sampler, layout, limits, arguments)
-        return layout, self._program(f"sampler {num_seqs}", arguments, results, lower, limits)
-
-    def _program(
-        self, name: str, arguments: tuple, results: Any, lower: Callable, limits: Limits, bucket: Bucket | None = None
-    ) -> Program:
-        made_from = (name, self._placed_config, self.model_config, self.dtype, self.mesh.shape, limits)
-        return Program(repr(made_from), arguments, results, lower, self.compiler_options(bucket))
+        return layout, Program(lower, self.compiler_options())
 
     def _step_arguments(self, layout: BatchLayout, limits: Limits) -> tuple:
         bucket = layout.bucket
