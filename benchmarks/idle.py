@@ -26,13 +26,9 @@ GRAPHS_UNDER_PROFILER = "--xla_enable_command_buffers_during_profiling=true"
 def device_spans(folder: str) -> list[tuple[float, float]]:
     """(begin, end) in nanoseconds of everything that the trace's devices ran, in order of begin."""
     spans = []
-    for file in Path(folder).rglob("*.xplane.pb"):
-        for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
-            if not plane.name.startswith("/device:"):
-                continue
-            for line in plane.lines:
-                if "Stream" in line.name:
-                    spans += [(event.start_ns, event.start_ns + event.duration_ns) for event in line.events]
+    for plane, line in steps.trace_lines(folder):
+        if plane.startswith("/device:"):
+            spans += [(event.start_ns, event.start_ns + event.duration_ns) for event in line.events]
     return sorted(spans)
 
 

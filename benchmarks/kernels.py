@@ -128,16 +128,16 @@ def cases() -> Iterator[Case]:
     yield Case("1 x 4096, head 256", [4096], [4096], SHAPES["gemma3-4b"])
 
 
-def best_of(call: Callable[[], jax.Array]) -> float:
-    """Seconds of one call, in the best of some rounds."""
+def best_of(call: Callable[[], jax.Array], repeats: int = REPEATS) -> float:
+    """Seconds of one call, in the best of some rounds of `repeats` calls."""
     call().block_until_ready()
     times = []
     for _ in range(ROUNDS):
         start = time.perf_counter()
-        for _ in range(REPEATS):
+        for _ in range(repeats):
             result = call()
         result.block_until_ready()
-        times.append((time.perf_counter() - start) / REPEATS)
+        times.append((time.perf_counter() - start) / repeats)
     return min(times)
 
 

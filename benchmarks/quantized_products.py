@@ -20,11 +20,12 @@ import jax.numpy as jnp
 from absl import flags as absl_flags
 
 from benchmarks import program, report
+from benchmarks.kernels import best_of
 from jax_engine.xla_flags import set_xla_flags
 
 EMBED, HIDDEN, QKV = 4096, 14336, 6144
 SHAPES = {"qkv": (QKV, EMBED), "output": (EMBED, EMBED), "gate_up": (2 * HIDDEN, EMBED), "down": (EMBED, HIDDEN)}
-LAYERS, ROUNDS, REPEATS = 4, 3, 10
+LAYERS, REPEATS = 4, 10
 #: Bytes per second of a device copy on an H100.
 COPY_BANDWIDTH = 2.96e12
 FP8 = jnp.float8_e4m3fn
@@ -123,7 +124,7 @@ def measure(form: str, sizes: Sequence[int]) -> list[dict[str, Any]]:
     with ThreadPoolExecutor(len(sizes)) as pool:
         for tokens, (compiled, compile_s) in zip(sizes, pool.map(compile_for, sizes), strict=True):
             x = jax.random.normal(jax.random.key(1), (tokens, EMBED), jnp.bfloat16)
-            seconds = _best(lambda: compiled(x, layers)) / LAYERS  # noqa: B023
+            seconds = best_of(lambda: compiled(x, layers), REPEATS) / LAYERS  # noqa: B023
             rows.append(
                 {
                     "form": form,
@@ -138,19 +139,6 @@ def measure(form: str, sizes: Sequence[int]) -> list[dict[str, Any]]:
             )
             print(rows[-1], flush=True)
     return rows
-
-
-def _best(call: Callable[[], jax.Array]) -> float:
-    """Seconds of one call, in the best of some rounds."""
-    call().block_until_ready()
-    times = []
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        for _ in range(REPEATS):
-            result = call()
-        result.block_until_ready()
-        times.append((time.perf_counter() - start) / REPEATS)
-    return min(times)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -10,7 +10,7 @@ With --trace, some steps are run under the profiler, and every kernel's time is 
 import os
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -134,20 +134,26 @@ class Stepper:
         return (self.read_bytes + rows * self.context * page) / COPY_BYTES * MS
 
 
-def kernels(folder: str) -> Iterator[tuple[str, str, int, float]]:
-    """(plane, name, count, microseconds) of what a trace's devices ran, and of the host's longest events."""
+def trace_lines(folder: str) -> Iterator[tuple[str, Any]]:
+    """(plane, line with its events) of every stream of a trace's devices, and of every thread of the host."""
     for file in Path(folder).rglob("*.xplane.pb"):
         for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
-            counts: Counter[str] = Counter()
-            total: Counter[str] = Counter()
             for line in plane.lines:
-                if "device" in plane.name and "Stream" not in line.name:
-                    continue
-                for event in line.events:
-                    counts[event.name] += 1
-                    total[event.name] += event.duration_ns / 1e3
-            for name, microseconds in total.most_common(80):
-                yield plane.name, name, counts[name], microseconds
+                if "device" not in plane.name or "Stream" in line.name:
+                    yield plane.name, line
+
+
+def kernels(folder: str) -> Iterator[tuple[str, str, int, float]]:
+    """(plane, name, count, microseconds) of what a trace's devices ran, and of the host's longest events."""
+    counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    total: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for plane, line in trace_lines(folder):
+        for event in line.events:
+            counts[plane][event.name] += 1
+            total[plane][event.name] += event.duration_ns / 1e3
+    for plane, times in total.items():
+        for name, microseconds in times.most_common(80):
+            yield plane, name, counts[plane][name], microseconds
 
 
 def trace(stepper: Stepper, layout: BatchLayout, compiled: Any, packed: np.ndarray, out: Path, count: int = 4) -> None:

@@ -68,25 +68,7 @@ def step(
     ended = ended_rows(parts, cache.last_tokens)
     move_to_one_key(parts, ended, page_size)
     query_starts = parts["query_starts"]
-    lengths = parts["starts"] + query_starts[1:] - query_starts[:-1]
-
-    def make_plan(page_table: Int[Array, "B P"], num_pages: int) -> attention_op.Plan:
-        made = attention_op.plan(
-            attention_op.Ragged(page_table, lengths, query_starts, num_single),
-            num_tokens=layout.bucket.num_tokens,
-            num_pages=num_pages,
-            page_size=page_size,
-            decode_only=layout.bucket.decode_only,
-            device=device,
-            keys_only=model.config.mla is not None,
-        )
-        return replace(made, slots=jnp.where(ended[made.rows], -1, made.slots))
-
-    plan = make_plan(parts["page_table"], cache.token_ids.size // page_size)
-    ring_plan = None
-    if ring_pages:
-        rings = ring_table(parts["slots"], layout.max_pages_per_seq, ring_pages)
-        ring_plan = make_plan(rings, cache.last_tokens.size * ring_pages)
+    plan, ring_plan = plans(layout, page_size, ring_pages, device, parts, ended, cache, model.config.mla is not None)
     ids = parts["token_ids"]
     ids = jnp.where(ids >= 0, ids, cache.last_tokens[jnp.maximum(-1 - ids, 0)])
     places = jnp.where(plan.slots >= 0, plan.slots, cache.token_ids.size)  # past the end: dropped
@@ -127,6 +109,44 @@ def sample_step(
     parts = layout.unpack(packed)
     sampled = sample(logits, _sampling_inputs(parts, token_ids, page_size, adjustments, constraints))
     return last_tokens.at[parts["slots"]].set(sampled.tokens), sampled
+
+
+def plans(
+    layout: BatchLayout,
+    page_size: int,
+    ring_pages: int,
+    device: attention_op.Device,
+    parts: dict[str, Array],
+    ended: Bool[Array, " B"],
+    cache: KVCache,
+    keys_only: bool,
+) -> tuple[attention_op.Plan, attention_op.Plan | None]:
+    """Where the step's tokens are written and what they attend to: in pages, and in rings where there are any.
+
+    Args:
+        ended: rows that write nothing. keys_only: the pool has no values of its own. The others: see `step`.
+    """
+    query_starts = parts["query_starts"]
+    lengths = parts["starts"] + query_starts[1:] - query_starts[:-1]
+    num_single, _ = parts["scalars"]
+
+    def make_plan(page_table: Int[Array, "B P"], num_pages: int) -> attention_op.Plan:
+        made = attention_op.plan(
+            attention_op.Ragged(page_table, lengths, query_starts, num_single),
+            num_tokens=layout.bucket.num_tokens,
+            num_pages=num_pages,
+            page_size=page_size,
+            decode_only=layout.bucket.decode_only,
+            device=device,
+            keys_only=keys_only,
+        )
+        return replace(made, slots=jnp.where(ended[made.rows], -1, made.slots))
+
+    plan = make_plan(parts["page_table"], cache.token_ids.size // page_size)
+    if not ring_pages:
+        return plan, None
+    rings = ring_table(parts["slots"], layout.max_pages_per_seq, ring_pages)
+    return plan, make_plan(rings, cache.last_tokens.size * ring_pages)
 
 
 def ended_rows(parts: dict[str, Array], last_tokens: Int[Array, " slots"]) -> Bool[Array, " B"]:
