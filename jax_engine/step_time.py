@@ -48,8 +48,9 @@ class _Line:
 class StepTime:
     """Seconds of a step: base and slope of its bucket, times a margin.
 
-    The slope is per pair of a query token and a key that it attends to. The margin is the worst recent ratio of a
-    measurement to its prediction.
+    The slope is per pair of a query token and a key that it attends to. The margin is the second worst recent ratio of a
+    measurement to its prediction: the bound is for all but one step in a thousand, so a stall that happens once (another
+    process, a page fault) makes nobody wait longer for the next thousand.
 
     Args:
         sizes: the token counts of the buckets, increasing.
@@ -58,14 +59,15 @@ class StepTime:
     def __init__(self, sizes: AbstractSequence[int]):
         self._sizes = tuple(sizes)
         self._lines: dict[int, _Line] = {}
-        self._margin = 1.0
+        self._worst = [1.0, 1.0]  # ratios, falling
 
     def learn(self, size: int, pairs: int, seconds: float) -> None:
         """Takes in a measured step of a bucket of `size` tokens."""
         line = self._lines.setdefault(size, _Line())
         predicted = line.base + line.slope * pairs
         if line.count >= _LEARNING_STEPS and predicted > 0:
-            self._margin = min(_MAX_MARGIN, max(seconds / predicted, 1 + (self._margin - 1) * _MARGIN_DECAY))
+            remembered = [1 + (ratio - 1) * _MARGIN_DECAY for ratio in self._worst]
+            self._worst = sorted([*remembered, min(_MAX_MARGIN, seconds / predicted)], reverse=True)[:2]
         line.add(pairs, seconds)
 
     def predict(self, size: int, pairs: int) -> float | None:
@@ -79,7 +81,7 @@ class StepTime:
         if line is None:
             nearest = max((known for known in self._lines if known < size), default=min(self._lines))
             line, scale = self._lines[nearest], max(1.0, size / nearest)
-        return (line.base * scale + line.slope * pairs) * self._margin
+        return (line.base * scale + line.slope * pairs) * self._worst[1]
 
     def largest(self, seconds: float, num_decodes: int, num_tokens: int, start: int, decode_pairs: int) -> int:
         """Most prompt tokens beside `num_decodes` single ones so that the step stays within `seconds`.

@@ -154,7 +154,7 @@ MUTATIONS = (
         "False:\n            self._late",
     ),
     Mutation("no bound on the gap", SCHEDULER, "limits.max_decode_gap_s is not None and", "False and"),
-    Mutation("no margin on step times", STEP_TIME, "* self._margin", "* 1.0"),
+    Mutation("no margin on step times", STEP_TIME, "* self._worst[1]", "* 1.0"),
     Mutation("buckets are not filled", BUCKETS, "if num_decodes < below < total", "if False"),
     Mutation("a bucket too large", BUCKETS, "if size >= num_rows:", "if size > num_rows:"),
 )

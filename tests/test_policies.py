@@ -215,6 +215,18 @@ def test_step_time_learns_bases_and_slope():
     assert model.largest(0.005, 4, 500, 0, 0) == 60, "prompts go on even if the bound cannot be kept"
 
 
+def test_step_time_forgives_one_slow_step_but_not_two():
+    model = StepTime((64, 128))
+    for _ in range(100):
+        model.learn(64, 0, 0.01)
+    model.learn(64, 0, 0.05)
+    alone = model.predict(64, 0)
+    assert alone is not None and alone < 0.0115, "one stall is no reason to cut every prompt"
+    model.learn(64, 0, 0.05)
+    again = model.predict(64, 0)
+    assert again is not None and again > 0.02, "slow steps that come again are to be expected"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
