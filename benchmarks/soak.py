@@ -92,15 +92,15 @@ def _server(words: str) -> Iterator[tuple[subprocess.Popen, str]]:
 
 
 async def _soak(pid: int, url: str, options: Options) -> dict[str, Any]:
-    patient = aiohttp.ClientTimeout(total=None)
-    async with aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0), timeout=patient) as session:
+    async with _clients(url) as session:
         canary = await _canary(session)
-        capacity = await _capacity(session)
+        async with _clients(url) as clients:
+            capacity = await _capacity(clients)
         samples = [await _sample(session, pid, 0.0)]
         counts = {"finished": 0, "left": 0, "failed": 0, "held_back": 0}
         problems: set[str] = set()
         started = time.perf_counter()
-        load = asyncio.create_task(_load(session, capacity * options.load, started + options.minutes * 60, counts))
+        load = asyncio.create_task(_load(url, capacity * options.load, started + options.minutes * 60, counts))
         while not load.done():
             await asyncio.wait([load], timeout=options.sample_s)
             if await _canary(session) != canary:
@@ -108,7 +108,7 @@ async def _soak(pid: int, url: str, options: Options) -> dict[str, Any]:
             samples.append(await _sample(session, pid, time.perf_counter() - started))
         await load
         await asyncio.sleep(2.0)
-        samples.append(last := await _sample(session, pid, time.perf_counter() - started))
+        samples.append(await _sample(session, pid, time.perf_counter() - started))
         if await _canary(session) != canary:
             problems.add("an answer changed after the load")
     return {
@@ -116,18 +116,26 @@ async def _soak(pid: int, url: str, options: Options) -> dict[str, Any]:
         "offered_requests_per_s": capacity * options.load,
         **counts,
         "samples": samples,
-        "problems": sorted(problems | set(_leaks(samples[1], last, counts))),
+        "problems": sorted(problems | set(_leaks(samples, counts))),
     }
 
 
-def _leaks(first: dict[str, float], last: dict[str, float], counts: dict[str, int]) -> list[str]:
-    """What grew between the first sample under load and the last one without."""
+def _clients(url: str) -> aiohttp.ClientSession:
+    """A session whose connections end with it: the server's open files are compared without those of the load."""
+    patient = aiohttp.ClientTimeout(total=None)
+    return aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0), timeout=patient)
+
+
+def _leaks(samples: Sequence[dict[str, float]], counts: dict[str, int]) -> list[str]:
+    """What the last sample, without load, has more of than the one before the load; of memory, than the first one under
+    load, when caches and buffers have been filled."""
+    before, under_load, last = samples[0], samples[1], samples[-1]
     problems = []
-    if last["rss_mib"] > first["rss_mib"] * MEMORY_SLACK:
-        problems.append(f"memory grew from {first['rss_mib']:.0f} to {last['rss_mib']:.0f} MiB")
+    if last["rss_mib"] > under_load["rss_mib"] * MEMORY_SLACK:
+        problems.append(f"memory grew from {under_load['rss_mib']:.0f} to {last['rss_mib']:.0f} MiB")
     for name in ("threads", "files"):
-        if last[name] > first[name] + 2:
-            problems.append(f"{name} grew from {first[name]:.0f} to {last[name]:.0f}")
+        if last[name] > before[name] + 2:
+            problems.append(f"{name} grew from {before[name]:.0f} to {last[name]:.0f}")
     if last["pages"]:
         problems.append(f"{last['pages']:.0f} pages are held with no request running")
     if last["compiles"]:
@@ -176,12 +184,12 @@ async def _capacity(session: aiohttp.ClientSession, clients: int = 8, each: int 
     return counts["finished"] / (time.perf_counter() - started)
 
 
-async def _load(session: aiohttp.ClientSession, rate: float, until: float, counts: dict[str, int]) -> None:
+async def _load(url: str, rate: float, until: float, counts: dict[str, int]) -> None:
     """Poisson arrivals; every so-many-th client leaves. Where the machine has become slower than it was when its
     capacity was measured, arrivals beyond a bound are counted and not sent: else the queue would grow without one."""
     random = np.random.default_rng(0)
     running: set[asyncio.Task[None]] = set()
-    async with asyncio.TaskGroup() as group:
+    async with _clients(url) as session, asyncio.TaskGroup() as group:
         while time.perf_counter() < until:
             if len(running) < MAX_RUNNING:
                 task = group.create_task(_request(session, random, random.random() < ABORTED_SHARE, counts))

@@ -3,8 +3,9 @@
     python -m benchmarks.structured --model=qwen3-0.6b --load_format=dummy --requests=256 --out=FILE.json
 
 `structured`: every request has the same JSON schema, whose answers never end before `--output` tokens. `half`: every
-second one has it. A named shape has no tokenizer: its vocabulary is then made up, bytes first and words after. The
-`grammar` phase is the host's work on masks; it runs while the device runs the model.
+second one has it. `bounded`: every one has a schema whose texts have a greatest length, the dearest masks we know.
+A named shape has no tokenizer: its vocabulary is then made up, bytes first and words after. The `grammar` phase is the
+host's work on masks; it runs while the device runs the model.
 """
 
 import dataclasses
@@ -27,11 +28,11 @@ from jax_engine.testing.byte_tokenizer import ByteTokenizer
 from serving import flags
 from serving.commands import common
 
-MODES = ("plain", "half", "structured")
+MODES = ("plain", "half", "structured", "bounded")
 
 
 def schema(bounded: bool) -> dict[str, Any]:
-    """A list of records. bounded: its texts have a greatest length, which costs a mask several times as much."""
+    """A list of records. bounded: its texts have a greatest length."""
     name, tag = ({"maxLength": 40}, {"maxLength": 12}) if bounded else ({}, {})
     item = {
         "type": "object",
@@ -74,7 +75,6 @@ def flag_set() -> absl_flags.FlagValues:
     absl_flags.DEFINE_integer("output", 128, "Output tokens of each.", lower_bound=2, **here)
     absl_flags.DEFINE_float("temperature", 1.0, "Of every request.", lower_bound=0, **here)
     absl_flags.DEFINE_integer("repeat", 3, "Timed runs of each mode.", lower_bound=1, **here)
-    absl_flags.DEFINE_boolean("bounded", True, "Texts in the schema have a greatest length.", **here)
     absl_flags.DEFINE_string("out", None, "Results file to write (JSON).", **here)
     return flag_values
 
@@ -87,15 +87,14 @@ class Job:
     prompt: int
     output: int
     temperature: float
-    bounded: bool
 
     def requests_of(self, engine: Engine, mode: str) -> list[Request]:
         """The requests of one run."""
-        form = StructuredOutputsParams(json=schema(self.bounded), disable_any_whitespace=True)
+        form = StructuredOutputsParams(json=schema(mode == "bounded"), disable_any_whitespace=True)
         chance = random.Random(1)
         made = []
         for index in range(self.requests):
-            structured = mode == "structured" or (mode == "half" and index % 2)
+            structured = mode in ("structured", "bounded") or (mode == "half" and index % 2)
             params = SamplingParams(
                 temperature=self.temperature,
                 seed=index,

