@@ -76,7 +76,7 @@ class StepHandle:
     def is_ready(self) -> bool:
         """Whether the device has finished what was dispatched of the step; does not wait."""
         last = self._tokens if self.output is None else self.output.logits
-        return last.is_ready()
+        return last.is_ready()  # pyright: ignore[reportAttributeAccessIssue]
 
     def result(self) -> StepResult:
         """Waits for the step and returns its result."""
@@ -207,7 +207,7 @@ class ModelRunner:
             choose = self._programs[Part("sample", bucket)]
             changes = (self._adjustments(batch), self._constraints(batch))
             last_tokens, sampled = choose(cache.last_tokens, output.rows, output.logits, cache.token_ids, *changes)
-            tokens, *logprobs = sampled
+            tokens, logprobs = sampled.tokens, tuple(sampled[1:])
         self._cache = dataclasses.replace(cache, last_tokens=last_tokens)
         handle.set_sampled(tokens, logprobs)
 
