@@ -7,6 +7,7 @@ results read one step late, as the engine does. The floor is the weights' and ke
 With --trace, some steps are run under the profiler, and every kernel's time is listed.
 """
 
+import dataclasses
 import os
 import tempfile
 import time
@@ -28,7 +29,7 @@ from jax_engine.constraints import unconstrained
 from jax_engine.features import Feature
 from jax_engine.models import read_config
 from jax_engine.models.shapes import NAMED_SHAPES
-from jax_engine.program import ModelProgram, nested
+from jax_engine.program import ModelProgram, Part, nested
 from jax_engine.xla_flags import set_xla_flags
 
 #: Of one H100 80GB, as measured: bytes per second of a device copy, read and written together.
@@ -66,13 +67,18 @@ class Stepper:
         shapes = self.program.cache_shapes(self.limits)
         self.cache = jax.jit(lambda: jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), shapes))()
 
-    def compile(self, rows: int) -> tuple[BatchLayout, Any, dict[str, float]]:
-        """The decode step of so many rows, and the seconds it took to make."""
+    def compile(self, rows: int) -> tuple[BatchLayout, dict[str, Any], dict[str, float]]:
+        """The programs of a decode step of so many rows by kind, and the seconds it took to make the model's."""
+        bucket = Bucket(rows, rows, True)
         start = time.perf_counter()
-        layout, lowered = self.program.lower(Bucket(rows, rows, True), self.limits)
+        layout, lowered = self.program.lower(bucket, self.limits)
         middle = time.perf_counter()
-        compiled = lowered.compile(compiler_options=self.program.compiler_options(layout.bucket))
-        return layout, compiled, {"lower_s": middle - start, "compile_s": time.perf_counter() - middle}
+        compiled = {"model": lowered.compile(compiler_options=self.program.compiler_options(bucket))}
+        seconds = {"lower_s": middle - start, "compile_s": time.perf_counter() - middle}
+        for kind in ("likeliest", "sample"):
+            source = self.program.part(Part(kind, Bucket(0, rows, False)), self.limits)
+            compiled[kind] = source.lower().compile(compiler_options=source.options)
+        return layout, compiled, seconds
 
     def packed(self, layout: BatchLayout, sampling: str) -> np.ndarray:
         """A step of full rows, each with one new token that the step before it sampled."""
@@ -95,35 +101,37 @@ class Stepper:
         parts["scalars"][:] = rows, int(features)
         return packed
 
-    def run(self, layout: BatchLayout, compiled: Any, packed: np.ndarray, count: int) -> dict[str, Any]:
-        """Runs `count` steps, two in flight at most. Milliseconds of a step, and of its dispatch, upload included."""
+    def run(self, layout: BatchLayout, compiled: dict[str, Any], packed: np.ndarray, count: int) -> dict[str, Any]:
+        """Runs `count` steps, two in flight at most. Milliseconds of a step, of its dispatch, and of the
+        upload and the model's part in that."""
         rows = layout.bucket.num_seqs
-        rest = jax.device_put(
-            (
-                no_adjustments(rows),
-                np.full(rows, -1, np.int32),
-                unconstrained(rows, self.program.model_config.vocab_size),
-            )
-        )
-        adjustments, targets, constraints = rest
+        changes = jax.device_put((no_adjustments(rows), unconstrained(rows, self.program.model_config.vocab_size)))
         pending: list[Any] = []
-        uploads, dispatches = [], []
+        uploads, models, dispatches = [], [], []
         start = time.perf_counter()
         for _ in range(count):
             began = time.perf_counter()
             uploaded = jax.device_put(packed)
             uploads.append(time.perf_counter() - began)
-            self.cache, output = compiled(self.weights, self.cache, uploaded, adjustments, targets, constraints)
-            output.sampled.tokens.copy_to_host_async()
+            self.cache, output = compiled["model"](self.weights, self.cache, uploaded)
+            models.append(time.perf_counter() - began)
+            given = (self.cache.last_tokens, output.rows, output.logits)
+            if packed[-1]:
+                last_tokens, (tokens, *_) = compiled["sample"](*given, self.cache.token_ids, *changes)
+            else:
+                last_tokens, tokens = compiled["likeliest"](*given)
+            self.cache = dataclasses.replace(self.cache, last_tokens=last_tokens)
+            tokens.copy_to_host_async()
             dispatches.append(time.perf_counter() - began)
-            pending.append(output.sampled.tokens)
-            del output
+            pending.append(tokens)
+            del output, given, tokens
             if len(pending) == 2:
                 jax.device_get(pending.pop(0))
         jax.device_get(pending)
         wall = time.perf_counter() - start
         return {
             "step_ms": wall / count * MS,
+            "model_dispatch_ms": report.percentiles(seconds * MS for seconds in models),
             "upload_ms": report.percentiles(seconds * MS for seconds in uploads),
             "dispatch_ms": report.percentiles(seconds * MS for seconds in dispatches),
         }
@@ -156,7 +164,9 @@ def kernels(folder: str) -> Iterator[tuple[str, str, int, float]]:
             yield plane, name, counts[plane][name], microseconds
 
 
-def trace(stepper: Stepper, layout: BatchLayout, compiled: Any, packed: np.ndarray, out: Path, count: int = 4) -> None:
+def trace(
+    stepper: Stepper, layout: BatchLayout, compiled: dict[str, Any], packed: np.ndarray, out: Path, count: int = 4
+) -> None:
     """Writes a table of the kernels of `count` steps."""
     with tempfile.TemporaryDirectory() as folder:
         options = jax.profiler.ProfileOptions()

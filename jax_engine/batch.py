@@ -45,7 +45,7 @@ class BatchLayout:
 
     Parts, for T tokens, B sequences and P pages per sequence:
         token_ids [T]: at least 0: the id; below 0: the token that slot -id - 1 sampled last. It comes first, so that
-            what follows lies in the same way in all buckets of B sequences.
+            what follows, `rows`, lies in the same way in all buckets of B sequences.
         query_starts [B + 1]: row i's tokens are [query_starts[i], query_starts[i + 1]).
         starts [B]: position of the row's first token.
         slots [B]: the row's slot; max_num_seqs for padding rows.
@@ -78,6 +78,11 @@ class BatchLayout:
             offset += math.prod(shape)
         return parts
 
+    @property
+    def rows(self) -> "BatchLayout":
+        """The layout without the tokens: of what the programs after the model need to know of the batch."""
+        return BatchLayout(Bucket(0, self.bucket.num_seqs, False), self.max_pages_per_seq)
+
     @cached_property
     def size(self) -> int:
         """Elements of the packed array."""
@@ -107,7 +112,7 @@ class Batch(NamedTuple):
     """One step's work. Adjustments, prompt targets and constraints are None in the many steps that have none.
 
     prompt_targets [T]: the prompt token that follows each token, -1 where its log-probability is not asked for.
-    deferred: some row has a grammar: sampling is a program of its own, which waits for the grammar's mask.
+    structured: some row has a grammar: the step is sampled by a call of its own, when the grammar's mask is known.
     """
 
     bucket: Bucket
@@ -115,7 +120,7 @@ class Batch(NamedTuple):
     adjustments: Adjustments | None
     prompt_targets: np.ndarray | None
     constraints: Constraints | None = None
-    deferred: bool = False
+    structured: bool = False
 
 
 class StepResult(NamedTuple):
@@ -201,7 +206,7 @@ class BatchBuilder:
             self._constraints.gather(
                 slots, bucket.num_seqs, bans=Feature.BANS in features, mask=Feature.MASK in features
             ),
-            Feature.DEFERRED in features,
+            Feature.GRAMMAR in features,
         )
 
     def _set_slot(self, sequence: Sequence) -> None:
@@ -237,7 +242,7 @@ class BatchBuilder:
         if sequence.request.embed:
             features |= Feature.HIDDEN
         if sequence.request.grammar is not None:
-            features |= Feature.DEFERRED
+            features |= Feature.GRAMMAR
         self._features[sequence.slot] = features
 
     def _gather_adjustments(self, num_seqs: int, slots: np.ndarray) -> Adjustments:

@@ -30,6 +30,42 @@ class Program:
     options: dict[str, Any] | None = None
 
 
+@dataclass(frozen=True)
+class Memory:
+    """What the compiler says of a program's memory on each device, in bytes.
+
+    Attributes:
+        arguments: what it is given. aliased: what of these is updated in place. outputs: results that are new arrays.
+        temporaries: what it needs besides. code: the program itself.
+    """
+
+    arguments: int
+    aliased: int
+    outputs: int
+    temporaries: int
+    code: int
+
+
+def memory(compiled: jax.stages.Compiled) -> Memory:
+    """Of a compiled program."""
+    found = compiled.memory_analysis()
+    assert found is not None, "the compiler reports no memory use"
+    return Memory(
+        found.argument_size_in_bytes,
+        found.alias_size_in_bytes,
+        found.output_size_in_bytes - found.alias_size_in_bytes,
+        found.temp_size_in_bytes,
+        found.generated_code_size_in_bytes,
+    )
+
+
+def step_bytes(model: jax.stages.Compiled, sampler: jax.stages.Compiled) -> int:
+    """Bytes that a step takes on each device beside weights and cache: what the model leaves for the sampler, and what
+    the hungrier of the two needs besides."""
+    first, second = memory(model), memory(sampler)
+    return first.outputs + max(first.temporaries, second.temporaries + second.outputs)
+
+
 def build[Key](programs: Mapping[Key, Program], platform: str, unit: str) -> dict[Key, jax.stages.Compiled]:
     """Every program, compiled. `unit` is what the progress bar counts."""
     threads = min(_CPU_THREADS if platform == "cpu" else _THREADS, os.cpu_count() or 1)

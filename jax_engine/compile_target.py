@@ -11,16 +11,16 @@ import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 
 from checkpoints.quantized_weight import shapes
-from jax_engine.buckets import Bucket, buckets
+from jax_engine.buckets import Bucket
+from jax_engine.compilation import memory, step_bytes
 from jax_engine.config import EngineConfig, Limits, resolve
 from jax_engine.errors import ConfigError
 from jax_engine.model_config import ModelConfig
-from jax_engine.program import ModelProgram
+from jax_engine.program import ModelProgram, Part, largest_parts
 from jax_engine.targets import Target
 
 _GIB = 1 << 30
@@ -32,10 +32,10 @@ class DoesNotFit(ConfigError):
 
 @dataclass(frozen=True)
 class StepReport:
-    """What the compiler said of one bucket's step. Bytes are of one device.
+    """What the compiler said of one program. Bytes are of one device.
 
     Attributes:
-        bucket: of no tokens for the program that samples the rows of a deferred step.
+        kind, bucket: see program.Part.
         lower_seconds, compile_seconds: of making it.
         argument_bytes: weights, cache and batch. alias_bytes: what of these is updated in place.
         temp_bytes: memory that the step needs beside its arguments. output_bytes: of results that are new arrays.
@@ -44,6 +44,7 @@ class StepReport:
         collectives: how many operations between devices, by name.
     """
 
+    kind: str
     bucket: Bucket
     lower_seconds: float
     compile_seconds: float
@@ -104,9 +105,7 @@ def fit(config: EngineConfig, model: ModelConfig, target: Target) -> tuple[Model
     found = Fit(limits, weights, 0, page, useful, 0)
     _check_room(target, config, found, usable - weights - slots)  # before minutes of compiling
     small = dataclasses.replace(limits, num_pages=limits.max_pages_per_seq)
-    largest = max(buckets(limits), key=lambda bucket: bucket.num_tokens)
-    step = compile_step(program, largest, small)
-    temp = step.temp_bytes + step.output_bytes
+    temp = step_bytes(*(report(program, part, small)[1] for part in largest_parts(limits)))
     free = usable - weights - slots - temp
     found = dataclasses.replace(found, temp_bytes=temp, largest_pages=max(free, 0) // page)
     _check_room(target, config, found, free)
@@ -141,65 +140,57 @@ def compile_step(program: ModelProgram, bucket: Bucket, limits: Limits) -> StepR
     Raises:
         DoesNotFit: the compiler refuses it.
     """
-    return report(program, bucket, limits)[0]
+    return report(program, Part("model", bucket), limits)[0]
 
 
-def report(program: ModelProgram, bucket: Bucket, limits: Limits) -> tuple[StepReport, jax.stages.Compiled]:
-    """The same, with the compiled step."""
-    started = time.perf_counter()
-    _, lowered = program.lower(bucket, limits)
-    return _compile(bucket, lowered, time.perf_counter() - started, program.compiler_options(bucket))
-
-
-def compile_buckets(program: ModelProgram, limits: Limits) -> Iterator[StepReport]:
-    """Compiles every bucket of the limits, then the sampling of deferred steps for every number of rows.
+def compile_parts(program: ModelProgram, limits: Limits) -> Iterator[StepReport]:
+    """Compiles every program of steps within the limits.
 
     Raises:
         DoesNotFit: the compiler refuses one.
     """
-    logits = {}
-    for bucket in buckets(limits):
-        found, compiled = report(program, bucket, limits)
-        logits[bucket.num_seqs] = compiled.output_shardings[1].logits
-        yield found
-    for num_seqs, sharding in logits.items():
-        started = time.perf_counter()
-        lowered = program.sampler(num_seqs, limits, sharding)[1].lower()
-        seconds = time.perf_counter() - started
-        yield _compile(Bucket(0, num_seqs, False), lowered, seconds, program.compiler_options())[0]
+    for part in program.parts(limits):
+        yield report(program, part, limits)[0]
 
 
-def _compile(
-    bucket: Bucket, lowered: jax.stages.Lowered, lower_seconds: float, options: dict[str, Any] | None
-) -> tuple[StepReport, jax.stages.Compiled]:
+def report(program: ModelProgram, part: Part, limits: Limits) -> tuple[StepReport, jax.stages.Compiled]:
+    """Compiles one program and reports.
+
+    Raises:
+        DoesNotFit: the compiler refuses it.
+    """
+    source = program.part(part, limits)
+    started = time.perf_counter()
+    lowered = source.lower()
+    lower_seconds = time.perf_counter() - started
     started = time.perf_counter()
     try:
-        compiled = lowered.compile(compiler_options=options)
+        compiled = lowered.compile(compiler_options=source.options)
     except jax.errors.JaxRuntimeError as error:
-        raise DoesNotFit(f"{described(bucket)}: the compiler refuses it: {error}") from None
+        raise DoesNotFit(f"{described(*part)}: the compiler refuses it: {error}") from None
     compile_seconds = time.perf_counter() - started
-    memory = compiled.memory_analysis()
-    assert memory is not None, "the compiler reports no memory use"
     text = compiled.as_text() or ""
+    used = memory(compiled)
     found = StepReport(
-        bucket=bucket,
+        kind=part.kind,
+        bucket=part.bucket,
         lower_seconds=lower_seconds,
         compile_seconds=compile_seconds,
-        argument_bytes=memory.argument_size_in_bytes,
-        alias_bytes=memory.alias_size_in_bytes,
-        temp_bytes=memory.temp_size_in_bytes,
-        output_bytes=memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        code_bytes=memory.generated_code_size_in_bytes,
+        argument_bytes=used.arguments,
+        alias_bytes=used.aliased,
+        temp_bytes=used.temporaries,
+        output_bytes=used.outputs,
+        code_bytes=used.code,
         vmem_bytes=_vmem_bytes(text),
         collectives=_collectives(text),
     )
     return found, compiled
 
 
-def described(bucket: Bucket) -> str:
-    """What a bucket is, in a few words."""
-    if bucket.num_tokens == 0:
-        return f"sampling {bucket.num_seqs}"
+def described(kind: str, bucket: Bucket) -> str:
+    """What a part is, in two words."""
+    if kind != "model":
+        return f"{kind} {bucket.num_tokens or bucket.num_seqs}"
     return f"{bucket.num_tokens} {'decode' if bucket.decode_only else 'mixed'}"
 
 

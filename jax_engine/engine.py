@@ -226,7 +226,7 @@ class Engine:
             self._ring.append((schedule, handle))
             self._note_dispatch(schedule, batch)
             self.step_log.scheduled(schedule, batch.bucket, self.scheduler, self.metrics.compiles_after_ready)
-            if batch.deferred:  # its model runs; what a grammar allows next depends on the tokens of all steps before
+            if batch.structured:  # its model runs; what a grammar allows next depends on the tokens of all steps before
                 while len(self._ring) > 1:
                     outputs += self._take_oldest()
                 outputs += self._timed("grammar", self._sample, schedule, batch, handle)
@@ -247,8 +247,8 @@ class Engine:
         return outputs
 
     def _sample(self, schedule: Schedule, batch: Batch, handle: StepHandle) -> list[RequestOutput]:
-        """Dispatches the sampling of a deferred step; returns the outputs of requests whose grammar has come to an end
-        that is no match."""
+        """Dispatches the sampling of a structured step; returns the outputs of requests whose grammar has come to an
+        end that is no match."""
         mask, failed = self._grammars.masks(schedule.rows, batch.bucket.num_seqs)
         self._runner.sample(handle, batch, mask)
         changed = {}

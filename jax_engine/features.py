@@ -4,7 +4,7 @@ import enum
 
 
 class Feature(enum.IntFlag):
-    """Bit set carried by each batch; the device skips what nobody uses, without another compiled program."""
+    """Bit set carried by each batch: the host chooses programs by it, and the sampler skips what nobody uses."""
 
     NONE = 0
     RANDOM = 1  # somebody samples with a temperature
@@ -15,5 +15,9 @@ class Feature(enum.IntFlag):
     PROMPT_LOGPROBS = 32
     BANS = 64  # somebody has bad words
     MASK = 128  # somebody may choose among some tokens only
+    GRAMMAR = 256  # somebody has a grammar, whose mask is known only when the tokens of all steps before are
     HIDDEN = 512  # somebody wants the hidden state of the prompt's last token
-    DEFERRED = 256  # the step leaves sampling to a second program, which is given the mask of a grammar
+
+
+#: What a greedy choice without log-probabilities does not need.
+SAMPLING = ~(Feature.PROMPT_LOGPROBS | Feature.HIDDEN)

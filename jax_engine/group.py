@@ -134,7 +134,7 @@ class LeadingRunner:
         return _Handle(self._runner.dispatch(batch))
 
     def sample(self, handle: Any, batch: Batch, mask: np.ndarray) -> None:
-        """Enqueues the sampling of a deferred step everywhere and returns at once."""
+        """Enqueues the sampling of a structured step everywhere and returns at once."""
         self._leader.send(Sampling(batch, mask))
         self._runner.sample(handle.own, batch, mask)
 

@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.monitoring
@@ -22,26 +22,24 @@ from checkpoints.known_models import default_cache_dir
 from checkpoints.loader import dummy, load
 from jax_engine.batch import Batch, BatchLayout, StepResult, no_adjustments
 from jax_engine.buckets import Bucket, buckets
-from jax_engine.compilation import Program, build
+from jax_engine.compilation import build, step_bytes
 from jax_engine.config import EngineConfig, Limits, resolve
 from jax_engine.constraints import Constraints, unconstrained
 from jax_engine.costs import measure
 from jax_engine.errors import ConfigError
-from jax_engine.features import Feature
+from jax_engine.features import SAMPLING, Feature
 from jax_engine.group import least
 from jax_engine.kv_cache import KVCache
 from jax_engine.models import read_config
 from jax_engine.page_store import PageStore
-from jax_engine.program import ModelProgram, chosen_quantization, nested
-from jax_engine.sampler import SamplerOutput
+from jax_engine.program import PROMPT_BLOCK, ModelProgram, Part, chosen_quantization, largest_parts, nested
+from jax_engine.sampler import NUM_TOP_LOGPROBS
 from jax_engine.schedule import Copies
 from jax_engine.sharding import choose_devices
 from jax_engine.step import StepOutput
 from jax_engine.xla_flags import set_xla_flags
 
 _log = logging.getLogger(__name__)
-
-_Compiled = tuple[BatchLayout, jax.stages.Compiled]
 
 #: KV pools on a CPU share its memory with everything else that runs there.
 _MAX_CPU_POOL_BYTES = 4 << 30
@@ -51,39 +49,65 @@ class StepHandle:
     """A dispatched step. Its result is on its way to the host from the moment it exists.
 
     Attributes:
-        logits: of a deferred step that has not been sampled yet, else None.
+        output: of the model, until the step is sampled; then None.
     """
 
     def __init__(self, output: StepOutput, features: Feature):
-        self._features = features
-        self._prompt = None
-        if Feature.PROMPT_LOGPROBS in features:
-            self._prompt = output.prompt_logprobs
-            _copy_to_host(self._prompt)
+        self.output: StepOutput | None = output
+        self.features = features
+        self._prompt: _PromptScores | None = None
         self._hidden = None
         if Feature.HIDDEN in features:
-            self._hidden = output.hidden
+            self._hidden = output.last_hidden
             _copy_to_host(self._hidden)
-        self.logits: Any = output.logits
-        if Feature.DEFERRED not in features:
-            self.set_sampled(output.sampled)
 
-    def set_sampled(self, sampled: SamplerOutput) -> None:
-        """Takes in what was sampled, once; the logits are given back."""
-        self.logits = None
-        self._tokens = sampled.tokens
-        self._logprobs = tuple(sampled[1:]) if Feature.LOGPROBS in self._features else None
+    def set_prompt(self, scores: "_PromptScores") -> None:
+        """Takes in the log-probabilities of prompt tokens."""
+        self._prompt = scores
+        _copy_to_host(scores.blocks)
+
+    def set_sampled(self, tokens: jax.Array, logprobs: tuple[jax.Array, ...] | None) -> None:
+        """Takes in what was sampled, once; what it was sampled from is given back."""
+        self.output = None
+        self._tokens = tokens
+        self._logprobs = logprobs if Feature.LOGPROBS in self.features else None
         _copy_to_host((self._tokens, self._logprobs))
 
     def is_ready(self) -> bool:
         """Whether the device has finished what was dispatched of the step; does not wait."""
-        last = self._tokens if self.logits is None else self.logits
+        last = self._tokens if self.output is None else self.output.logits
         return last.is_ready()  # pyright: ignore[reportAttributeAccessIssue]
 
     def result(self) -> StepResult:
         """Waits for the step and returns its result."""
-        tokens, logprobs, prompt, hidden = jax.device_get((self._tokens, self._logprobs, self._prompt, self._hidden))
-        return StepResult(tokens.tolist(), logprobs, prompt, hidden)
+        tokens, logprobs, hidden = jax.device_get((self._tokens, self._logprobs, self._hidden))
+        prompt = None
+        if self._prompt is not None:
+            prompt = self._prompt.spread(jax.device_get(self._prompt.blocks))
+        return StepResult(tokens.tolist(), logprobs, prompt, None if hidden is None else hidden.astype(np.float32))
+
+
+class _PromptScores(NamedTuple):
+    """Log-probabilities of some of a step's tokens.
+
+    Attributes:
+        size: tokens of the step. at: which of them are scored. blocks: what step.score gave for PROMPT_BLOCK of these
+            at a time; the last is padded.
+    """
+
+    size: int
+    at: np.ndarray
+    blocks: list[tuple]
+
+    def spread(self, blocks: list[tuple]) -> tuple[np.ndarray, ...]:
+        """The values of all blocks, on the host, in the order of the step's tokens; 0 where none was asked for."""
+        logprob, top = np.zeros(self.size, np.float32), (self.size, NUM_TOP_LOGPROBS)
+        spread = logprob, np.zeros(self.size, np.int32), np.zeros(top, np.int32), np.zeros(top, np.float32)
+        for number, block in enumerate(blocks):
+            at = self.at[number * PROMPT_BLOCK :][:PROMPT_BLOCK]
+            for target, values in zip(spread, block, strict=True):
+                target[at] = values[: at.size]
+        return spread
 
 
 class ModelRunner:
@@ -133,14 +157,10 @@ class ModelRunner:
         self._no_adjustments = {
             size: self._put(no_adjustments(size)) for size in {bucket.num_seqs for bucket in buckets(self.limits)}
         }
-        self._no_targets = {
-            size: self._put(np.full(size, -1, np.int32))
-            for size in {bucket.num_tokens for bucket in buckets(self.limits)}
-        }
         self._no_constraints = {
             size: self._put(unconstrained(size, self.model_config.vocab_size)) for size in self._no_adjustments
         }
-        self._steps, self._samplers = self._compile()
+        self._programs = self._compile()
         self._page_store: PageStore | None = None
         if config.swap_space_gib:
             self._page_store = PageStore(self._program.cache_shapes(self.limits), num_pages, self._put)
@@ -152,43 +172,58 @@ class ModelRunner:
             self.limits = measure(config, self.limits, page_bytes, self.dispatch, self.copy_pages)
 
     def dispatch(self, batch: Batch) -> StepHandle:
-        """Enqueues a step and returns at once."""
-        layout, compiled = self._steps[batch.bucket]
-        targets = batch.prompt_targets
-        # A deferred step does not look at what its sampling is given later.
-        self._cache, output = compiled(
-            self.weights,
-            self._cache,
-            self._put(batch.packed),
-            self._adjustments(batch._replace(adjustments=None) if batch.deferred else batch),
-            self._no_targets[batch.bucket.num_tokens] if targets is None else self._put(targets),
-            self._constraints(batch._replace(constraints=None) if batch.deferred else batch),
+        """Enqueues a step and returns at once. A structured one is left to `sample`, which must come next."""
+        output: StepOutput
+        self._cache, output = self._programs[Part("model", batch.bucket)](
+            self.weights, self._cache, self._put(batch.packed)
         )
-        _, features = layout.unpack(batch.packed)["scalars"]
-        return StepHandle(output, Feature(int(features)))
+        handle = StepHandle(output, Feature(int(batch.packed[-1])))
+        if batch.prompt_targets is not None:
+            handle.set_prompt(self._score(output, batch.prompt_targets))
+        if not batch.structured:
+            self._sample(handle, batch)
+        return handle
 
     def sample(self, handle: StepHandle, batch: Batch, mask: np.ndarray) -> None:
-        """Enqueues the sampling of a deferred step, the last one dispatched, and returns at once.
+        """Enqueues the sampling of a structured step, the last one dispatched, and returns at once.
 
         Args:
             mask: [B, ceil(V / 32)] of the rows' grammars; see grammar.GrammarStates.masks.
         """
-        layout, compiled = self._samplers[batch.bucket.num_seqs]
-        packed = batch.packed[batch.bucket.num_tokens :].copy()
-        layout.unpack(packed)["scalars"][1] ^= Feature.DEFERRED
-        layout.unpack(packed)["scalars"][1] |= Feature.MASK
         bans, allowed = batch.constraints or (None, None)
         constraints = Constraints(bans, mask if allowed is None else mask & allowed)
-        last_tokens, sampled = compiled(
-            self._cache.token_ids,
-            self._cache.last_tokens,
-            self._put(packed),
-            handle.logits,
-            self._adjustments(batch),
-            self._constraints(batch._replace(constraints=constraints)),
-        )
-        self._cache = dataclasses.replace(self._cache, last_tokens=last_tokens)
-        handle.set_sampled(sampled)
+        self._sample(handle, batch._replace(constraints=constraints))
+
+    def _sample(self, handle: StepHandle, batch: Batch) -> None:
+        """Enqueues the sampling of the last step dispatched."""
+        output, cache = handle.output, self._cache
+        assert output is not None, "a step is sampled once"
+        bucket = Bucket(0, batch.bucket.num_seqs, False)
+        if not handle.features & SAMPLING:
+            choose = self._programs[Part("likeliest", bucket)]
+            last_tokens, tokens = choose(cache.last_tokens, output.rows, output.logits)
+            logprobs = None
+        else:
+            choose = self._programs[Part("sample", bucket)]
+            changes = (self._adjustments(batch), self._constraints(batch))
+            last_tokens, sampled = choose(cache.last_tokens, output.rows, output.logits, cache.token_ids, *changes)
+            tokens, logprobs = sampled.tokens, tuple(sampled[1:])
+        self._cache = dataclasses.replace(cache, last_tokens=last_tokens)
+        handle.set_sampled(tokens, logprobs)
+
+    def _score(self, output: StepOutput, targets: np.ndarray) -> _PromptScores:
+        """Enqueues the log-probabilities of a step's prompt targets."""
+        at = np.flatnonzero(targets >= 0).astype(np.int32)
+        blocks = []
+        for start in range(0, at.size, PROMPT_BLOCK):
+            rows = np.zeros((2, PROMPT_BLOCK), np.int32)
+            own = at[start : start + PROMPT_BLOCK]
+            rows[:, : own.size] = own, targets[own]
+            here, following = self._put(tuple(rows))
+            pick = self._programs[Part("pick", Bucket(targets.size, 0, False))]
+            score = self._programs[Part("score", Bucket(PROMPT_BLOCK, 0, False))]
+            blocks.append(score(self.weights, pick(output.hidden, here), following))
+        return _PromptScores(targets.size, at, blocks)
 
     def _adjustments(self, batch: Batch):
         given = batch.adjustments
@@ -205,12 +240,19 @@ class ModelRunner:
         self._cache = self._page_store.copy(self._cache, copies)
 
     def warm_up(self) -> None:
-        """Runs every step once without rows. The first launch of a CUDA graph builds it, which takes as long as a dozen
-        steps; no request should wait for that."""
-        for bucket, (layout, _) in self._steps.items():
-            packed = np.zeros(layout.size, np.int32)
-            layout.unpack(packed)["slots"][:] = self.limits.max_num_seqs
-            self.dispatch(Batch(bucket, packed, None, None)).result()
+        """Runs every program once without rows. The first launch of a CUDA graph builds it, which takes as long as a
+        dozen steps; no request should wait for that."""
+        for bucket in buckets(self.limits):
+            layout = BatchLayout(bucket, self.limits.max_pages_per_seq)
+            for features in (Feature.NONE, Feature.RANDOM | Feature.PROMPT_LOGPROBS):
+                packed = np.zeros(layout.size, np.int32)
+                parts = layout.unpack(packed)
+                parts["slots"][:] = self.limits.max_num_seqs
+                parts["scalars"][1] = features
+                scored = features and not bucket.decode_only
+                targets = np.full(bucket.num_tokens, -1, np.int32)
+                targets[:1] = 0
+                self.dispatch(Batch(bucket, packed, None, targets if scored else None)).result()
 
     def _put(self, arrays):
         if self._replicated.is_fully_addressable:
@@ -245,12 +287,11 @@ class ModelRunner:
         return least(min(useful, free // size))
 
     def _activation_bytes(self, limits: Limits) -> int:
-        """Temporary memory of the largest step, as the compiler reports it for a pool of one sequence."""
+        """Memory of the largest step beside its arguments, as the compiler reports it for a pool of one sequence."""
         small = dataclasses.replace(limits, num_pages=limits.max_pages_per_seq)
-        bucket = max(buckets(limits), key=lambda bucket: bucket.num_tokens)
-        analysis = self._build({bucket: self._program.step(bucket, small)}, "bucket")[bucket][1].memory_analysis()
-        assert analysis is not None, "the compiler reports no memory use"
-        return analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+        parts = largest_parts(limits)
+        built = build({part: self._program.part(part, small) for part in parts}, self.platform, "program")
+        return step_bytes(*(built[part] for part in parts))
 
     def _check_pool(self) -> None:
         limits = self.limits
@@ -260,20 +301,12 @@ class ModelRunner:
                 f"max_model_len {limits.max_model_len}; lower max_model_len or give the pool more memory"
             )
 
-    def _compile(self) -> tuple[dict[Bucket, _Compiled], dict[int, _Compiled]]:
-        """The step of each bucket; the sampling of deferred steps for each number of sequences."""
+    def _compile(self) -> dict[Part, jax.stages.Compiled]:
+        """Every program that a step may need."""
         started = time.monotonic()
-        steps = self._build({b: self._program.step(b, self.limits) for b in buckets(self.limits)}, "bucket")
-        # The logits are taken as a step leaves them on the device.
-        logits = {bucket.num_seqs: step.output_shardings[1].logits for bucket, (_, step) in steps.items()}
-        samplers = {size: self._program.sampler(size, self.limits, sharding) for size, sharding in logits.items()}
-        built = self._build(samplers, "sampler")
-        _log.info("compiled %d buckets in %.1f s", len(steps), time.monotonic() - started)
-        return steps, built
-
-    def _build[Key](self, programs: dict[Key, tuple[BatchLayout, Program]], unit: str) -> dict[Key, _Compiled]:
-        built = build({key: program for key, (_, program) in programs.items()}, self.platform, unit)
-        return {key: (layout, built[key]) for key, (layout, _) in programs.items()}
+        programs = build(self._program.parts(self.limits), self.platform, "program")
+        _log.info("compiled %d programs in %.1f s", len(programs), time.monotonic() - started)
+        return programs
 
 
 def _copy_to_host(arrays: Any) -> None:

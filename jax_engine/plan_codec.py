@@ -17,7 +17,7 @@ from jax_engine.schedule import Copies, PageCopy
 
 
 class Sampling(NamedTuple):
-    """The order to sample a deferred step, the last one sent. mask: see ModelRunner.sample."""
+    """The order to sample a structured step, the last one sent. mask: see ModelRunner.sample."""
 
     batch: Batch
     mask: np.ndarray

@@ -7,7 +7,7 @@ device on paper. Both so compile the same steps. It puts nothing on a device.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from checkpoints.formats import Checkpoint
 from checkpoints.quantized_weight import shapes, stored_format
 from checkpoints.weight_map import Quantization, Wanted
 from jax_engine.batch import Adjustments, BatchLayout, no_adjustments
-from jax_engine.buckets import Bucket
+from jax_engine.buckets import Bucket, buckets
 from jax_engine.compilation import Program
 from jax_engine.config import Limits
 from jax_engine.constraints import unconstrained
@@ -28,7 +28,6 @@ from jax_engine.layers.linear import FP8_ROWS
 from jax_engine.model_config import ModelConfig
 from jax_engine.models import model_class
 from jax_engine.sharding import (
-    TENSOR,
     copy_kv_heads,
     make_mesh,
     replicated,
@@ -37,9 +36,24 @@ from jax_engine.sharding import (
     side_by_side,
     with_kv_copies,
 )
-from jax_engine.step import sample_step, step
+from jax_engine.step import choose, choose_likeliest, compute, pick, score
 from jax_engine.xla_flags import GPU_COMPILER_OPTIONS
 from pallas_kernels.ragged_paged_attention import api as attention_op
+
+#: Prompt tokens whose log-probabilities are computed at a time: so many rows of logits are held.
+PROMPT_BLOCK = 64
+
+
+class Part(NamedTuple):
+    """One of the programs that steps are made of.
+
+    Attributes:
+        kind: `model`, `likeliest`, `sample`, `pick` or `score`; see step.py.
+        bucket: of the model. For the others 0 where they do not depend on the tokens, or sequences, of a step.
+    """
+
+    kind: str
+    bucket: Bucket
 
 
 class ModelProgram:
@@ -90,7 +104,7 @@ class ModelProgram:
         self._tensor_name = model.tensor_name
 
     def compiler_options(self, bucket: Bucket | None = None) -> dict[str, Any] | None:
-        """For compiling what `lower` gives for the bucket, or a sampler."""
+        """For compiling what `lower` gives for the bucket, or another part."""
         if self.device.platform != "gpu":
             return None
         if bucket is None or self._quantization != "fp8" or bucket.num_tokens < FP8_ROWS:
@@ -132,67 +146,72 @@ class ModelProgram:
         return side_by_side(own, self.mesh)
 
     def lower(self, bucket: Bucket, limits: Limits) -> tuple[BatchLayout, jax.stages.Lowered]:
-        """The step of a bucket, ready to be compiled; it takes what step.step takes, from the weights on."""
+        """The model's program of a bucket, ready to be compiled; it takes step.compute's arguments from weights on."""
         layout = BatchLayout(bucket, limits.max_pages_per_seq)
-        function = functools.partial(step, self._graph, layout, limits.page_size, limits.ring_pages, self.device)
+        function = functools.partial(compute, self._graph, layout, limits.page_size, limits.ring_pages, self.device)
+        cache = self.cache_shapes(limits)
+        arguments = (nested(self._abstract_weights()), cache, self._placed(_ints(layout.size)))
+        return layout, self._lower(function, arguments, donate=1, results=(_places(cache), self.replicated))
+
+    def parts(self, limits: Limits) -> dict[Part, Program]:
+        """All programs that steps within the limits are made of, for the compiler."""
+        sizes = buckets(limits)
+        num_seqs = sorted({bucket.num_seqs for bucket in sizes})
+        found = [Part("model", bucket) for bucket in sizes]
+        found += [Part(kind, Bucket(0, size, False)) for size in num_seqs for kind in ("likeliest", "sample")]
+        found += [Part("pick", Bucket(bucket.num_tokens, 0, False)) for bucket in sizes if not bucket.decode_only]
+        found.append(Part("score", Bucket(PROMPT_BLOCK, 0, False)))
+        return {part: self.part(part, limits) for part in found}
+
+    def part(self, part: Part, limits: Limits) -> Program:
+        """One of them. `sample`, `likeliest`, `pick` and `score` take the arguments of step.choose,
+        step.choose_likeliest, step.pick and step.score, from the first that is not static on."""
+        if part.kind == "model":
+            return Program(lambda: self.lower(part.bucket, limits)[1], self.compiler_options(part.bucket))
+        lower = self._lower_sampler if part.kind in ("likeliest", "sample") else self._lower_scorer
+        return Program(lambda: lower(part, limits), self.compiler_options())
+
+    def _lower_sampler(self, part: Part, limits: Limits) -> jax.stages.Lowered:
+        num_seqs, vocab_size = part.bucket.num_seqs, self.model_config.vocab_size
+        layout = BatchLayout(part.bucket, limits.max_pages_per_seq)
+        cache = self.cache_shapes(limits)
+        logits = jax.ShapeDtypeStruct((num_seqs, vocab_size), jnp.float32)
+        arguments = (cache.last_tokens, *self._placed((_ints(layout.size), logits)))
+        results = (_places(cache.last_tokens), self.replicated)
+        if part.kind == "likeliest":
+            return self._lower(functools.partial(choose_likeliest, layout), arguments, donate=0, results=results)
+        changes = (Adjustments(*no_adjustments(num_seqs)), unconstrained(num_seqs, vocab_size))
+        arguments = (*arguments, cache.token_ids, *self._placed(changes))
+        return self._lower(functools.partial(choose, layout, limits.page_size), arguments, donate=0, results=results)
+
+    def _lower_scorer(self, part: Part, limits: Limits) -> jax.stages.Lowered:
+        block = self._placed(_ints(PROMPT_BLOCK))
+        hidden = jax.ShapeDtypeStruct((part.bucket.num_tokens, self.model_config.hidden_size), self.dtype)
+        if part.kind == "pick":
+            return self._lower(pick, (self._placed(hidden), block), results=self.replicated)
+        arguments = (nested(self._abstract_weights()), self._placed(hidden), block)
+        return self._lower(functools.partial(score, self._graph), arguments, results=self.replicated)
+
+    def _lower(
+        self, function: Callable, arguments: tuple, *, results: Any, donate: int | None = None
+    ) -> jax.stages.Lowered:
+        """A program for its arguments' shapes and places. results: where they lie, as a prefix of their tree."""
         if self.mesh.size > 1:
-            whole = jax.sharding.PartitionSpec()
-            arrays = (nested(self._abstract_weights()), self.cache_shapes(limits))
-            weights, cache = jax.tree.map(lambda array: array.sharding.spec, arrays)
-            function = self._on_every_device(function, (weights, cache, whole, whole, whole, whole), (cache, whole))
+            # Each device runs it on its own parts of what is split, and on all of what is whole. What is whole is
+            # computed alike on every device, which tracing cannot prove.
+            function = jax.shard_map(
+                function,
+                mesh=self.mesh,
+                in_specs=_specs(_places(arguments)),
+                out_specs=_specs(results),
+                check_vma=False,
+            )
+        donated = () if donate is None else (donate,)
         # Who asks for float32 means it: accelerators would else multiply in a shorter format.
         precision = jax.default_matmul_precision("highest" if self.dtype == jnp.float32 else "default")
         # Pallas asks the mesh which chip a kernel is for.
         with precision, jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-            lowered = jax.jit(function, donate_argnums=1).lower(*self._step_arguments(layout, limits))
-        return layout, lowered
-
-    def step(self, bucket: Bucket, limits: Limits) -> tuple[BatchLayout, Program]:
-        """The step of a bucket, for the compiler."""
-        program = Program(lambda: self.lower(bucket, limits)[1], self.compiler_options(bucket))
-        return BatchLayout(bucket, limits.max_pages_per_seq), program
-
-    def sampler(self, num_seqs: int, limits: Limits, logits_sharding: Any) -> tuple[BatchLayout, Program]:
-        """The sampling of deferred steps of so many sequences; it takes what step.sample_step takes."""
-        layout = BatchLayout(Bucket(0, num_seqs, False), limits.max_pages_per_seq)
-        cache, vocab_size = self.cache_shapes(limits), self.model_config.vocab_size
-        arguments = (
-            cache.token_ids,
-            cache.last_tokens,
-            self._placed(jax.ShapeDtypeStruct((layout.size,), jnp.int32)),
-            jax.ShapeDtypeStruct((num_seqs, vocab_size), jnp.float32, sharding=logits_sharding),
-            *self._placed((Adjustments(*no_adjustments(num_seqs)), unconstrained(num_seqs, vocab_size))),
-        )
-        lower = functools.partial(self._lower_sampler, layout, limits, arguments)
-        return layout, Program(lower, self.compiler_options())
-
-    def _step_arguments(self, layout: BatchLayout, limits: Limits) -> tuple:
-        bucket = layout.bucket
-        return (
-            nested(self._abstract_weights()),
-            self.cache_shapes(limits),
-            *self._placed(
-                (
-                    jax.ShapeDtypeStruct((layout.size,), jnp.int32),
-                    Adjustments(*no_adjustments(bucket.num_seqs)),
-                    jax.ShapeDtypeStruct((bucket.num_tokens,), jnp.int32),
-                    unconstrained(bucket.num_seqs, self.model_config.vocab_size),
-                )
-            ),
-        )
-
-    def _lower_sampler(self, layout: BatchLayout, limits: Limits, arguments: tuple) -> jax.stages.Lowered:
-        function = functools.partial(sample_step, layout, limits.page_size)
-        if self.mesh.size > 1:
-            whole, own = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(TENSOR)
-            specs = (own, own, whole, whole, whole, whole)
-            function = self._on_every_device(function, specs, (own, whole))
-        return jax.jit(function, donate_argnums=1).lower(*arguments)
-
-    def _on_every_device(self, function: Callable, in_specs: tuple, out_specs: tuple) -> Callable:
-        """A program as each device runs it: on its own parts of what is split, and on all of what is whole."""
-        # What is whole is computed alike on every device, which tracing cannot prove.
-        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+            return jax.jit(function, donate_argnums=donated, out_shardings=results).lower(*arguments)
 
     def _abstract(self, model: Callable[..., nnx.Module], config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
         return nnx.split(nnx.eval_shape(lambda: model(config, self.dtype, self.device.platform != "cpu")))
@@ -205,6 +224,12 @@ class ModelProgram:
             return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self.replicated)
 
         return jax.tree.map(place, arrays)
+
+
+def largest_parts(limits: Limits) -> tuple[Part, Part]:
+    """The model's program and the sampler of the step that needs the most memory."""
+    bucket = max(buckets(limits), key=lambda bucket: bucket.num_tokens)
+    return Part("model", bucket), Part("sample", Bucket(0, bucket.num_seqs, False))
 
 
 def chosen_quantization(asked: str, checkpoint: Checkpoint) -> str | None:
@@ -234,6 +259,18 @@ def nested(arrays: dict[str, Any]) -> dict:
             node = node.setdefault(part, {})
         node[leaf] = array
     return tree
+
+
+def _ints(size: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((size,), jnp.int32)
+
+
+def _places(arrays: Any) -> Any:
+    return jax.tree.map(lambda array: array.sharding, arrays)
+
+
+def _specs(shardings: Any) -> Any:
+    return jax.tree.map(lambda sharding: sharding.spec, shardings)
 
 
 def _dtype(name: str, platform: str) -> str:

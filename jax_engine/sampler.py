@@ -1,12 +1,12 @@
-"""The sampler: from logits to tokens and log-probabilities, on the device, in one program for every setting.
+"""The sampler: from logits to tokens and log-probabilities, on the device.
 
-Called by step.py inside the jitted step. Each optional part stands under `lax.cond` on its bit of `features`, so that a
-batch nobody uses it in does not pay for it, and no combination of settings compiles anything. It never reads anything
-back, never keeps state, and never looks at a row's slot or neighbours: randomness is a function of seed and position.
+Called by step.py: `greedy` where all rows are and nobody asks for log-probabilities, else `sample`, one program for
+every setting: each optional part stands under `lax.cond` on its bit of `features`, so that a batch nobody uses it in
+does not pay for it, and no combination of settings compiles anything. It never reads anything back, never keeps state,
+and never looks at a row's slot or neighbours: randomness is a function of seed and position.
 """
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -22,8 +22,6 @@ from jax_engine.truncation import least_weight
 NUM_TOP_LOGPROBS = 20
 #: Temperatures below this one are greedy.
 GREEDY_TEMPERATURE = 1e-5
-#: Rows of logits that prompt_logprobs holds at a time.
-PROMPT_BLOCK = 64
 
 
 @jax.tree_util.register_dataclass
@@ -72,7 +70,7 @@ class SamplingInputs:
 
 
 class SamplerOutput(NamedTuple):
-    """What a step chose. The log-probability fields are zero unless Feature.LOGPROBS is set.
+    """What `sample` chose. The log-probability fields are zero unless Feature.LOGPROBS is set.
 
     Attributes:
         tokens: [B] int32; -1 where the row's logits hold NaN, -2 where every token is forbidden.
@@ -99,91 +97,40 @@ def sample(logits: Float[Array, "B V"], inputs: SamplingInputs) -> SamplerOutput
     Truncation is exact on the float32 weights exp((x - max) / temperature): tokens of equal weight are kept or dropped
     together, so ties at a threshold are all kept; the token whose mass crosses top_p is kept.
 
-    With Feature.DEFERRED nothing is chosen, and all fields are zero: a call in another program follows.
-
     Args:
         logits: float32. Minus infinity forbids a token.
     """
     has = _has(inputs)
-    deferred, changed = has(Feature.DEFERRED), has(_CHANGES)
     # One switch and no condition that hands the logits through: on a GPU that would copy them.
-    path = jnp.where(deferred, 3, jnp.where(changed, 2, jnp.where(has(Feature.RANDOM), 1, 0)))
+    path = jnp.where(has(_CHANGES), 2, jnp.where(has(Feature.RANDOM), 1, 0))
     tokens = jax.lax.switch(
         path,
         [
-            lambda: _argmax(logits),
+            lambda: greedy(logits),
             lambda: _choose(logits, inputs),
             lambda: _choose(_change(logits, inputs), inputs),
-            lambda: jnp.zeros(logits.shape[0], jnp.int32),
         ],
     )
-    shape = jax.eval_shape(_logprobs, logits, tokens)
+    shape = jax.eval_shape(token_logprobs, logits, tokens)
     parts = jax.lax.cond(
-        has(Feature.LOGPROBS) & ~deferred,
-        lambda: _logprobs(logits, tokens),
+        has(Feature.LOGPROBS),
+        lambda: token_logprobs(logits, tokens),
         lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape),
     )
     return SamplerOutput(tokens, *parts)
-
-
-def prompt_logprobs(
-    hidden: Float[Array, "T D"],
-    logits_fn: Callable[[Float[Array, "n D"]], Float[Array, "n V"]],
-    targets: Int32[Array, "T"],
-    enabled: Array | bool,
-) -> tuple[Float[Array, "T"], Int32[Array, "T"], Int32[Array, "T 20"], Float[Array, "T 20"]]:
-    """Log-probabilities of given tokens, for the prompt tokens of a step.
-
-    Goes through the rows in blocks of PROMPT_BLOCK, skips blocks without targets, and holds the logits of one block.
-
-    Args:
-        logits_fn: the model's head; float32 logits of some rows.
-        targets: the token that follows each row; -1 for none.
-        enabled: scalar, false when no request of the step asks for them.
-
-    Returns:
-        logprob, rank, top_ids and top_logprobs as in SamplerOutput, in the order of the rows; zero where there is no
-        target or `enabled` is false.
-    """
-    num_rows = hidden.shape[0]
-    size = min(PROMPT_BLOCK, num_rows)
-    blank = (
-        jnp.zeros(num_rows, jnp.float32),
-        jnp.zeros(num_rows, jnp.int32),
-        jnp.zeros((num_rows, NUM_TOP_LOGPROBS), jnp.int32),
-        jnp.zeros((num_rows, NUM_TOP_LOGPROBS), jnp.float32),
-    )
-
-    def run_block(i, outputs):
-        start = jnp.minimum(i * size, num_rows - size)  # the last block is moved back; it repeats some rows
-
-        def compute():
-            tokens = jax.lax.dynamic_slice_in_dim(targets, start, size)
-            parts = _logprobs(logits_fn(jax.lax.dynamic_slice_in_dim(hidden, start, size)), tokens)
-            parts = [jnp.where((tokens >= 0).reshape(-1, *[1] * (part.ndim - 1)), part, 0) for part in parts]
-            return tuple(
-                jax.lax.dynamic_update_slice_in_dim(output, part, start, axis=0)
-                for output, part in zip(outputs, parts, strict=True)
-            )
-
-        wanted = (jax.lax.dynamic_slice_in_dim(targets, start, size) >= 0).any()
-        return jax.lax.cond(wanted, compute, lambda: outputs)
-
-    num_blocks = jnp.where(jnp.asarray(enabled).astype(bool), -(-num_rows // size), 0)
-    return jax.lax.fori_loop(0, num_blocks, run_block, blank)
 
 
 def _has(inputs):
     return lambda features: (inputs.features & int(features)) != 0
 
 
-def _argmax(logits):
+def greedy(logits: Float[Array, "B V"]) -> Int32[Array, "B"]:
     """Index of each row's first largest logit; -1 for a row with NaN, -2 for one of minus infinities."""
     return _top(logits)[1]
 
 
 def _top(logits):
-    """Each row's largest logit [B, 1], and its index as `_argmax` has it."""
+    """Each row's largest logit [B, 1], and its index as `greedy` has it."""
     # XLA's own argmax is one pass, but several times slower than two plain ones on a CPU.
     value, first = jax.lax.platform_dependent(logits, cpu=_top_in_two_passes, default=_top_in_one_pass)
     first = jnp.where(value[:, 0] == -jnp.inf, -2, first)
@@ -210,7 +157,8 @@ def _choose(logits, inputs):
 
 
 #: What makes other logits of the model's.
-_CHANGES = Feature.PENALTIES | Feature.ADJUST | Feature.BANS | Feature.MASK
+_MASKS = Feature.MASK | Feature.GRAMMAR
+_CHANGES = Feature.PENALTIES | Feature.ADJUST | Feature.BANS | _MASKS
 
 
 def _change(logits, inputs):
@@ -219,7 +167,7 @@ def _change(logits, inputs):
     logits = jax.lax.cond(has(Feature.PENALTIES), lambda: _penalize(logits, inputs), lambda: logits)
     adjusted = jax.lax.cond(has(Feature.ADJUST), lambda: _adjust(logits, inputs), lambda: logits)
     allowed = jax.lax.cond(has(Feature.BANS), lambda: _ban(adjusted, inputs), lambda: adjusted)
-    return jax.lax.cond(has(Feature.MASK), lambda: _mask(allowed, inputs), lambda: allowed)
+    return jax.lax.cond(has(_MASKS), lambda: _mask(allowed, inputs), lambda: allowed)
 
 
 def _penalize(logits, inputs):
@@ -296,7 +244,7 @@ def _draw(logits, top, inputs):
         lambda: jnp.zeros(logits.shape[0], jnp.float32),
     )
     race = weights / _exponentials(inputs.seed, inputs.position, logits.shape[1])
-    return _argmax(jnp.where(weights >= least[:, None], race, -1))
+    return greedy(jnp.where(weights >= least[:, None], race, -1))
 
 
 def _exponentials(seed, position, vocab_size):
@@ -314,8 +262,10 @@ def _exponentials(seed, position, vocab_size):
     return -jnp.log1p(-jnp.minimum(uniform, 1 - 2.0**-24))
 
 
-def _logprobs(logits, tokens):
-    """logprob, rank, top_ids, top_logprobs of the raw logits [n, V]; see SamplerOutput."""
+def token_logprobs(
+    logits: Float[Array, "n V"], tokens: Int32[Array, "n"]
+) -> tuple[Float[Array, "n"], Int32[Array, "n"], Int32[Array, "n 20"], Float[Array, "n 20"]]:
+    """logprob, rank, top_ids and top_logprobs of given tokens in raw logits; see SamplerOutput."""
     normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     chosen = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[:, None], axis=1)
     rank = 1 + (logits > chosen).sum(axis=-1, dtype=jnp.int32)

@@ -1,7 +1,8 @@
-"""The step: one pure function from weights, cache and batch to new cache and sampled tokens.
+"""The programs of a step: pure functions from weights, cache and batch to new cache and sampled tokens.
 
-model_runner.py compiles it once per bucket, with the cache donated. Where a row has a grammar, the step leaves the
-choice of tokens to `sample_step`, which is dispatched when the mask is known. Nothing here waits or reads back.
+model_runner.py compiles and dispatches them one after the other: `compute` once per bucket, `choose_likeliest` or
+`choose` once per number of sequences, and, where the log-probabilities of prompts are asked for, `pick` and `score`
+for each block of tokens. So the model's program has no conditions. Nothing here waits or reads back.
 """
 
 from dataclasses import dataclass, replace
@@ -14,32 +15,32 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jax_engine.batch import FLOAT_FIELDS, INT_FIELDS, Adjustments, BatchLayout
 from jax_engine.constraints import Constraints
-from jax_engine.features import Feature
 from jax_engine.kv_cache import KVCache
 from jax_engine.layers.context import StepContext
 from jax_engine.layers.window_cache import ring_table
-from jax_engine.sampler import SamplerOutput, SamplingInputs, prompt_logprobs, sample
+from jax_engine.sampler import SamplerOutput, SamplingInputs, greedy, sample, token_logprobs
 from pallas_kernels.ragged_paged_attention import api as attention_op
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepOutput:
-    """What a step gives back besides the cache.
+    """What the model gives back besides the cache.
 
     Attributes:
-        sampled: a token per row, with its log-probabilities where anybody asked for them.
-        logits: [B, V] of each row's last token. hidden: [B, D] float32, the hidden state they were made of.
-        prompt_logprobs: (logprob [T], rank [T], top ids [T, 20], top log-probabilities [T, 20]) of the prompt targets.
+        rows: [size] int32 of BatchLayout.rows: the batch without its tokens. Rows that have ended are in the slot of
+            padding, so that what is sampled for them goes nowhere: what ended a row stays its slot's last token.
+        logits: [B, V] float32 of each row's last token. last_hidden: [B, D], the hidden state they were made of.
+        hidden: [T, D] of every token; None in a bucket for decode only, whose tokens are their rows' last.
     """
 
-    sampled: SamplerOutput
-    logits: Array
-    hidden: Array
-    prompt_logprobs: tuple[Array, Array, Array, Array]
+    rows: Int[Array, " size"]
+    logits: Float[Array, "B V"]
+    last_hidden: Float[Array, "B D"]
+    hidden: Float[Array, "T D"] | None
 
 
-def step(
+def compute(
     graph: nnx.GraphDef,
     layout: BatchLayout,
     page_size: int,
@@ -48,11 +49,8 @@ def step(
     weights: Any,
     cache: KVCache,
     packed: Int[Array, " size"],
-    adjustments: Adjustments,
-    prompt_targets: Int[Array, " T"],
-    constraints: Constraints,
 ) -> tuple[KVCache, StepOutput]:
-    """Computes the batch's tokens and samples one token per row.
+    """Computes the batch's tokens, and the logits of the last of each row.
 
     Args:
         graph: the model without its weights. layout: of `packed`. page_size: tokens in a page.
@@ -60,11 +58,11 @@ def step(
         device: what the program is for. All of these are static.
         weights: the model's weights as plain dicts.
         cache: donated; comes back updated.
-        packed: see BatchLayout. adjustments, prompt_targets, constraints: see Batch.
+        packed: see BatchLayout.
     """
     model = nnx.merge(graph, weights)
     parts = layout.unpack(packed)
-    num_single, features = parts["scalars"]
+    num_single, _ = parts["scalars"]
     ended = ended_rows(parts, cache.last_tokens)
     move_to_one_key(parts, ended, page_size)
     query_starts = parts["query_starts"]
@@ -80,35 +78,67 @@ def step(
 
     last = jnp.maximum(query_starts[1:] - 1, 0)
     last_hidden = hidden[last]
-    logits = model.logits(last_hidden)
-    sampled = sample(logits, _sampling_inputs(parts, token_ids, page_size, adjustments, constraints))
-    prompt = prompt_logprobs(hidden, model.logits, prompt_targets, (features & Feature.PROMPT_LOGPROBS) != 0)
-    tokens = jnp.where(ended, cache.last_tokens[parts["slots"]], sampled.tokens)  # what ended a row stays its last
-    last_tokens = cache.last_tokens.at[parts["slots"]].set(tokens)
-    return KVCache(pool, token_ids, last_tokens), StepOutput(sampled, logits, last_hidden.astype(jnp.float32), prompt)
+    output = StepOutput(
+        _rows(layout, packed, ended, padding_slot=cache.last_tokens.size - 1),
+        model.logits(last_hidden),
+        last_hidden,
+        None if layout.bucket.decode_only else hidden,
+    )
+    return KVCache(pool, token_ids, cache.last_tokens), output
 
 
-def sample_step(
+def choose_likeliest(
+    layout: BatchLayout, last_tokens: Int[Array, " slots"], rows: Int[Array, " size"], logits: Float[Array, "B V"]
+) -> tuple[Int[Array, " slots"], Int[Array, " B"]]:
+    """The tokens of a step without Feature bits that sampling needs, and the cache's last tokens with them.
+
+    Args:
+        layout: BatchLayout.rows, static. last_tokens: of the cache, donated. rows, logits: see StepOutput.
+    """
+    tokens = greedy(logits)
+    return last_tokens.at[layout.unpack(rows)["slots"]].set(tokens), tokens
+
+
+def choose(
     layout: BatchLayout,
     page_size: int,
-    token_ids: Int[Array, " places"],
     last_tokens: Int[Array, " slots"],
-    packed: Int[Array, " size"],
+    rows: Int[Array, " size"],
     logits: Float[Array, "B V"],
+    token_ids: Int[Array, " places"],
     adjustments: Adjustments,
     constraints: Constraints,
 ) -> tuple[Int[Array, " slots"], SamplerOutput]:
-    """Samples what a deferred step left open.
+    """The same for every step.
 
     Args:
-        layout: of a bucket of B sequences and no tokens. page_size: tokens in a page. Both static.
-        token_ids, last_tokens: of the cache after that step; last_tokens is donated.
-        packed: of that step, without its tokens, and without Feature.DEFERRED.
-        logits: of that step. adjustments, constraints: as for `step`, the grammars' masks among them.
+        page_size: tokens in a page, static. token_ids: of the cache after the step.
+        adjustments, constraints: see Batch; the grammars' masks are among the constraints.
     """
-    parts = layout.unpack(packed)
+    parts = layout.unpack(rows)
     sampled = sample(logits, _sampling_inputs(parts, token_ids, page_size, adjustments, constraints))
     return last_tokens.at[parts["slots"]].set(sampled.tokens), sampled
+
+
+def pick(hidden: Float[Array, "T D"], at: Int[Array, " n"]) -> Float[Array, "n D"]:
+    """The hidden states of some of a step's tokens."""
+    return hidden[at]
+
+
+def score(
+    graph: nnx.GraphDef, weights: Any, hidden: Float[Array, "n D"], targets: Int[Array, " n"]
+) -> tuple[Array, Array, Array, Array]:
+    """Log-probabilities of the tokens that follow some hidden states; see sampler.token_logprobs."""
+    return token_logprobs(nnx.merge(graph, weights).logits(hidden), targets)
+
+
+def _rows(
+    layout: BatchLayout, packed: Int[Array, " size"], ended: Bool[Array, " B"], padding_slot: int
+) -> Int[Array, " size"]:
+    offset, (num_seqs,) = layout.parts["slots"]
+    slots = jnp.where(ended, padding_slot, packed[offset : offset + num_seqs])
+    # Not an update of a slice: that would be two nodes of a CUDA graph.
+    return jnp.concatenate([packed[layout.bucket.num_tokens : offset], slots, packed[offset + num_seqs :]])
 
 
 def plans(
@@ -124,7 +154,7 @@ def plans(
     """Where the step's tokens are written and what they attend to: in pages, and in rings where there are any.
 
     Args:
-        ended: rows that write nothing. keys_only: the pool has no values of its own. The others: see `step`.
+        ended: rows that write nothing. keys_only: the pool has no values of its own. The others: see `compute`.
     """
     query_starts = parts["query_starts"]
     lengths = parts["starts"] + query_starts[1:] - query_starts[:-1]

@@ -21,7 +21,7 @@ DEVICES = [SimpleNamespace(device_kind="TPU v6 lite", platform="tpu", process_in
 def step(bucket: Bucket, **changes) -> StepReport:
     fields = {"lower_seconds": 0.5, "compile_seconds": 2.0, "argument_bytes": 9 << 30, "alias_bytes": 8 << 30}
     fields |= {"temp_bytes": 3 << 20, "output_bytes": 0, "code_bytes": 0, "vmem_bytes": 1 << 20, "collectives": {}}
-    return StepReport(bucket, **fields | changes)
+    return StepReport(**{"kind": "model", "bucket": bucket} | fields | changes)
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def compiler(monkeypatch):
         made.target = target
         return None, fit
 
-    def fake_buckets(program, limits):
+    def fake_parts(program, limits):
         for found in made.steps:
             if isinstance(found, Exception):
                 raise found
@@ -45,7 +45,7 @@ def compiler(monkeypatch):
     monkeypatch.setattr(command, "_prepare", lambda name: None)
     monkeypatch.setattr(targets, "open_target", lambda name: targets.Target(name, DEVICES, 32 << 30))
     monkeypatch.setattr(compile_target, "fit", fake_fit)
-    monkeypatch.setattr(compile_target, "compile_buckets", fake_buckets)
+    monkeypatch.setattr(compile_target, "compile_parts", fake_parts)
     return made
 
 
@@ -53,7 +53,7 @@ def test_the_table_says_what_fits_and_what_each_step_takes(compiler, capsys):
     compiler.steps = [
         step(Bucket(64, 64, True), collectives={"all-reduce": 65}),
         step(Bucket(512, 64, False), alias_bytes=1),
-        step(Bucket(0, 64, False)),
+        step(Bucket(0, 64, False), kind="sample"),
     ]
     assert cli.main(ARGUMENTS) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -62,7 +62,7 @@ def test_the_table_says_what_fits_and_what_each_step_takes(compiler, capsys):
     decode, mixed, sampling = (line.split() for line in lines[-3:])
     assert decode == ["64", "decode", "0.5", "2.0", "9.00", "3", "yes", "1.0", "65", "all-reduce"]
     assert mixed[:2] == ["512", "mixed"] and "NO" in mixed
-    assert sampling[:2] == ["sampling", "64"] and "yes" not in sampling
+    assert sampling[:2] == ["sample", "64"] and "yes" not in sampling
 
 
 def test_json_holds_the_same(compiler, capsys):

@@ -55,6 +55,22 @@ def test_a_step_compiles_in_place_and_without_spills(bucket, tmp_path, monkeypat
     assert reports and all("0 bytes spill stores, 0 bytes spill loads" in report for report in reports)
 
 
+def test_the_model_of_a_decode_step_is_one_graph_without_conditions(tmp_path):
+    device = open_target("h100").devices[0]
+    whole = read_config(NAMED_SHAPES["llama-3.1-8b"])
+    model = dataclasses.replace(whole, num_hidden_layers=LAYERS, layers=whole.layers[:LAYERS])
+    limits = resolve(EngineConfig(), model, platform="gpu", num_pages=PAGES)
+    program = ModelProgram(model, "bfloat16", [device])
+    bucket = Bucket(32, 32, True)
+    options = {**(program.compiler_options(bucket) or {}), "xla_dump_to": str(tmp_path)}
+    program.lower(bucket, limits)[1].compile(compiler_options=options)
+    [dumped] = tmp_path.glob("*.thunk_sequence_after_thunk_passes.txt")
+    first, *others = dumped.read_text().splitlines()
+    assert "kCommandBuffer" in first
+    assert all(line.startswith(" ") for line in others if line), "something is launched beside the graph"
+    assert not any("kConditional" in line or "kWhile" in line for line in others)
+
+
 @pytest.mark.parametrize(
     ("format", "rows"), [pytest.param("int8", 32, marks=pytest.mark.long), ("fp8", 32), ("fp8", 256)]
 )

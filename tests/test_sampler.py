@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from jax_engine import sampler, truncation
-from jax_engine.sampler import Feature, SamplingInputs, prompt_logprobs, sample
+from jax_engine.sampler import Feature, SamplingInputs, greedy, sample
 
 V, S, A, B = 61, 24, 6, 6
-ALL = ~Feature.DEFERRED
+ALL = ~Feature.NONE
 MAX_INT = 2**31 - 1
 run = jax.jit(sample)
 
@@ -76,6 +76,7 @@ def test_greedy_takes_the_first_of_the_likeliest():
     np.testing.assert_array_equal(tokens, logits.argmax(axis=1))
     assert tokens[2] == 5
     np.testing.assert_array_equal(np.asarray(run(logits, make_inputs(ALL)).tokens), tokens)
+    np.testing.assert_array_equal(np.asarray(jax.jit(greedy)(logits)), tokens)
 
 
 def test_a_greedy_row_is_the_same_in_a_mixed_batch():
@@ -306,44 +307,6 @@ def test_one_program_serves_every_combination():
     for features in range(32):
         traced(draw_logits(), make_inputs(features, temperature=1, top_p=0.9))
     assert len(traces) == 1
-
-
-@pytest.mark.parametrize("rows", [1, 64, 150])
-def test_prompt_logprobs(rows):
-    rng = np.random.default_rng(rows)
-    hidden, head = rng.standard_normal((rows, 8)).astype(np.float32), rng.standard_normal((8, V)).astype(np.float32)
-    targets = np.where(rng.random(rows) < 0.5, rng.integers(0, V, rows), -1)
-    targets[64:128] = -1
-    targets[0] = 3
-
-    @jax.jit
-    def score(hidden, targets, enabled):
-        return prompt_logprobs(hidden, lambda rows: rows @ head, targets, enabled)
-
-    logprob, rank, top_ids, top_logprobs = map(np.asarray, score(hidden, targets, True))
-    logits, some = hidden @ head, targets >= 0
-    wanted = _log_softmax(logits)
-    chosen = np.take_along_axis(logits, np.maximum(targets, 0)[:, None], axis=1)
-    np.testing.assert_allclose(logprob[some], wanted[some, targets[some]], atol=1e-4)
-    np.testing.assert_array_equal(rank[some], 1 + (logits > chosen).sum(axis=1)[some])
-    order = np.argsort(-logits, axis=1, kind="stable")[:, :20]
-    np.testing.assert_array_equal(top_ids[some], order[some])
-    np.testing.assert_allclose(top_logprobs[some], np.take_along_axis(wanted, order, axis=1)[some], atol=1e-4)
-    for part in (logprob, rank, top_ids, top_logprobs):
-        assert not part[~some].any()
-    assert not any(np.asarray(part).any() for part in score(hidden, targets, False))
-
-
-def test_prompt_logprobs_hold_one_block_of_logits():
-    vocab_size, rows = 8192, 1024
-    head = jax.ShapeDtypeStruct((16, vocab_size), jnp.float32)
-
-    def score(hidden, head, targets):
-        return prompt_logprobs(hidden, lambda rows: rows @ head, targets, True)
-
-    hidden = jax.ShapeDtypeStruct((rows, 16), jnp.float32)
-    compiled = jax.jit(score).lower(hidden, head, jax.ShapeDtypeStruct((rows,), jnp.int32)).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 6 * 64 * vocab_size * 4
 
 
 @pytest.mark.parametrize("method", ["add", "set"])

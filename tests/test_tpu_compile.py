@@ -25,7 +25,7 @@ from jax_engine.errors import ConfigError
 from jax_engine.model_config import ModelConfig
 from jax_engine.models import read_config
 from jax_engine.models.shapes import NAMED_SHAPES
-from jax_engine.program import ModelProgram
+from jax_engine.program import PROMPT_BLOCK, ModelProgram, Part
 from jax_engine.targets import open_target
 from pallas_kernels.ragged_paged_attention.cases import SHAPES
 from serving import cli
@@ -144,10 +144,9 @@ def test_every_step_of_an_8b_model_compiles_in_place(chip):
         check_step(program, bucket, limits)
 
 
-#: A layer's two products that lead back to the residual stream, and the rows of the embedding; the logits' columns,
-#: those of sampled rows and those of prompts.
+#: A layer's two products that lead back to the residual stream, and the rows of the embedding; the logits' columns.
 def exchanges(layers: int) -> dict[str, int]:
-    return {"all-gather": 2, "all-reduce": 2 * layers + 1}
+    return {"all-gather": 1, "all-reduce": 2 * layers + 1}
 
 
 @pytest.mark.parametrize(
@@ -167,6 +166,8 @@ def test_several_chips_exchange_what_they_must(target, model, decode_only):
     bucket = Bucket(64, 64, True) if decode_only else Bucket(256, 64, False)
     program, limits = made(target, model, num_devices, decode_buckets=(64,), token_buckets=(64, 256))
     assert check_step(program, bucket, limits).collectives == exchanges(layers=2)
+    scoring, _ = compile_target.report(program, Part("score", Bucket(PROMPT_BLOCK, 0, False)), limits)
+    assert scoring.collectives == {"all-gather": 1}
     pool = program.cache_shapes(limits).pool
     assert pool.sharding.shard_shape(pool.shape)[1] == model.num_key_value_heads // num_devices
     for name, want in program.wanted.items():
@@ -179,7 +180,8 @@ def test_the_command_compiles_every_step(capsys):
     flags = ["--decode_buckets=4", "--token_buckets=32", "--max_num_seqs=4", "--num_pages=64", "--max_model_len=256"]
     assert cli.main(["compile", f"--model={golden}", "--target=v6e:1x1", "--json", *flags]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert [step["bucket"]["num_tokens"] for step in report["steps"]] == [4, 32, 0]
+    steps = [(step["kind"], step["bucket"]["num_tokens"]) for step in report["steps"]]
+    assert steps == [("model", 4), ("model", 32), ("likeliest", 0), ("sample", 0), ("pick", 32), ("score", 64)]
     for step in report["steps"][:2]:
         assert step["alias_bytes"] >= report["fit"]["pool_bytes"] and step["vmem_bytes"] > 0
     assert report["fit"]["largest_pages"] > 64

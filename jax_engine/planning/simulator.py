@@ -51,7 +51,7 @@ class VirtualBatch(NamedTuple):
     bucket: Bucket
     work: Work
     tokens: list[int]  # one per row
-    deferred: bool = False  # no request of a trace has a grammar
+    structured: bool = False  # no request of a trace has a grammar
 
 
 class VirtualBuilder:
@@ -136,7 +136,7 @@ class VirtualDevice:
         self.busy += seconds
 
     def sample(self, handle: VirtualHandle, batch: Any, mask: Any) -> None:
-        """Never called: no batch here is deferred."""
+        """Never called: no batch here is structured."""
         raise AssertionError("a virtual step has no grammar to wait for")
 
 

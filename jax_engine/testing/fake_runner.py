@@ -39,7 +39,7 @@ class FakeHandle:
 
     def result(self) -> StepResult:
         """The step's tokens."""
-        assert self.sampled, "the result of a deferred step was asked for before it was sampled"
+        assert self.sampled, "the result of a structured step was asked for before it was sampled"
         return StepResult(self.tokens, *self._extras)
 
 
@@ -83,12 +83,12 @@ class FakeRunner:
             history = self._pool[places]
             assert (history >= 0).all(), "attention would read a place that was never written"
             tokens[row] = next_token(history, self.vocab_size)
-        self._last_tokens[parts["slots"]] = _UNWRITTEN if batch.deferred else tokens
+        self._last_tokens[parts["slots"]] = _UNWRITTEN if batch.structured else tokens
         extras = _extras(bucket, Feature(int(parts["scalars"][1])))
-        return FakeHandle(tokens, ready=False, sampled=not batch.deferred, extras=extras)
+        return FakeHandle(tokens, ready=False, sampled=not batch.structured, extras=extras)
 
     def sample(self, handle: FakeHandle, batch: Batch, mask: np.ndarray) -> None:
-        """Samples a deferred step: the token, or the next greater one that its row's mask allows, going round."""
+        """Samples a structured step: the token, or the next greater one that its row's mask allows, going round."""
         allowed = np.unpackbits(mask.view(np.uint8), axis=1, bitorder="little")[:, : self.vocab_size]
         for row, token in enumerate(handle.tokens):
             if token != _UNWRITTEN:

@@ -48,7 +48,7 @@ def run(argv: Sequence[str]) -> int:
         devices = choose_devices(target.devices, config.tensor_parallel_size)
         target = dataclasses.replace(target, devices=devices)
     program, fit = compile_target.fit(config, read_config(open_model(config).config), target)
-    reports = compile_target.compile_buckets(program, fit.limits)
+    reports = compile_target.compile_parts(program, fit.limits)
     show = _show_json if flag_values["json"].value else _show_table
     try:
         show(target, fit, reports)
@@ -104,16 +104,15 @@ def _show_table(target: "Target", fit: "Fit", reports: Iterator["StepReport"]) -
 def _row(fit: "Fit", report: "StepReport") -> tuple[str, ...]:
     from jax_engine.compile_target import described
 
-    samples_only = report.bucket.num_tokens == 0  # such a program is not given weights and pool
     in_place = "yes" if report.alias_bytes >= fit.pool_bytes else "NO"
     hbm = report.argument_bytes + report.temp_bytes + report.output_bytes + report.code_bytes
     return (
-        described(report.bucket),
+        described(report.kind, report.bucket),
         f"{report.lower_seconds:.1f}",
         f"{report.compile_seconds:.1f}",
         f"{hbm / _GIB:.2f}",
         f"{report.temp_bytes / _MIB:.0f}",
-        "-" if samples_only else in_place,
+        in_place if report.kind == "model" else "-",  # the others are not given the pool
         f"{report.vmem_bytes / _MIB:.1f}",
         " ".join(f"{count} {name}" for name, count in report.collectives.items()) or "-",
     )
