@@ -117,7 +117,8 @@ def made(target: str, model: ModelConfig, num_devices: int = 1, **options) -> tu
     """The model on the first devices of a target, with a pool of some pages."""
     config = EngineConfig(load_format="dummy", max_model_len=4096, max_num_seqs=64, **options)
     limits = resolve(config, model, platform="tpu", num_pages=8192)
-    return ModelProgram(model, "auto", open_target(target).devices[:num_devices]), limits
+    quantization = None if config.quantization == "auto" else config.quantization
+    return ModelProgram(model, "auto", open_target(target).devices[:num_devices], quantization=quantization), limits
 
 
 def check_step(program: ModelProgram, bucket: Bucket, limits: Limits) -> compile_target.StepReport:
@@ -130,16 +131,23 @@ def check_step(program: ModelProgram, bucket: Bucket, limits: Limits) -> compile
     return report
 
 
-def test_a_decode_step_of_an_8b_model_compiles_in_place():
-    program, limits = made("v6e:1x1", cut(LLAMA_8B, 2), decode_buckets=(64,), token_buckets=(128,))
-    report = check_step(program, Bucket(64, 64, True), limits)
-    assert not report.collectives
+#: What an 8B model is served on: a target, and the format of its weights.
+SERVED_8B = [("v5e:1x1", "int8"), ("v6e:1x1", "auto"), ("tpu7x:1x1x1", "auto")]
+
+
+@pytest.mark.parametrize(("target", "quantization"), SERVED_8B)
+def test_both_kinds_of_steps_of_an_8b_model_compile_in_place(target, quantization):
+    """Two layers, for the others are of the same programs; few tokens, for the sampler takes most of a minute."""
+    sizes = {"decode_buckets": (64,), "token_buckets": (256,)}
+    program, limits = made(target, cut(LLAMA_8B, 2, vocab_size=4096), quantization=quantization, **sizes)
+    for bucket in buckets(limits):
+        assert not check_step(program, bucket, limits).collectives
 
 
 @long
-@pytest.mark.parametrize("chip", ["v6e:1x1", "tpu7x:1x1x1"])
-def test_every_step_of_an_8b_model_compiles_in_place(chip):
-    program, limits = made(chip, cut(LLAMA_8B, 2))
+@pytest.mark.parametrize(("target", "quantization"), [*SERVED_8B, ("v5p:1x1x1", "auto")])
+def test_every_step_of_an_8b_model_compiles_in_place(target, quantization):
+    program, limits = made(target, cut(LLAMA_8B, 2), quantization=quantization)
     for bucket in buckets(limits):
         check_step(program, bucket, limits)
 

@@ -24,6 +24,8 @@ _LANES = 128
 _WORKING_BYTES = 8 << 20
 #: KV heads whose work is written out side by side, for the compiler to interleave.
 _HEADS_AT_ONCE = 8
+#: Query vectors of a kv head whose scores are computed at once: with twice as many a v6e issues an eighth more.
+_VECTORS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -352,7 +354,7 @@ def _compute(spec: AttendSpec, shared: _Refs, group: _Group, item, *, block, slo
         out = lax.rem(item - group.first, 2)
 
         def finish(head):
-            weight = group.weight[head][:, :1]
+            weight = _widen(group.weight[head], spec.lanes)
             result = group.total[head] / jnp.where(weight > 0, weight, 1)
             groups, _, *rest = group.out_buffer.shape[1:]
             group.out_buffer[out, :, head] = result.astype(group.out_buffer.dtype).reshape(groups, *rest)
@@ -385,12 +387,12 @@ def _sees_all(spec: AttendSpec, shared: _Refs, group: _Group, item, block):
     return whole
 
 
-def _seen(spec: AttendSpec, shared: _Refs, group: _Group, item, block):
-    """[rows, block_kv] which query vector sees which key."""
-    groups, _, vectors, tokens, _ = group.q_buffer.shape[1:]
-    shape = (groups, vectors, tokens, spec.block_kv)
+def _seen(spec: AttendSpec, shared: _Refs, group: _Group, item, block, first, count):
+    """[count, vectors, tokens, block_kv] which query vector of some groups, from the first on, sees which key."""
+    _, _, vectors, tokens, _ = group.q_buffer.shape[1:]
+    shape = (count, vectors, tokens, spec.block_kv)
     key = block * spec.block_kv + lax.broadcasted_iota(jnp.int32, shape, 3)
-    position = shared.item_starts[item]
+    position = shared.item_starts[item] + first * tokens
     if not group.is_decode:
         position += lax.broadcasted_iota(jnp.int32, shape, 0) * tokens + lax.broadcasted_iota(jnp.int32, shape, 2)
     seen = key <= position
@@ -400,28 +402,42 @@ def _seen(spec: AttendSpec, shared: _Refs, group: _Group, item, block):
 
 
 def _attend_head(spec: AttendSpec, shared: _Refs, group: _Group, item, block, slot, masked, head):
-    """Takes one head's keys and values of a block into the running sums."""
+    """Takes one head's keys and values of a block into the running sums, for some groups of queries at a time."""
     dtype = group.q_buffer.dtype  # of an 8-bit pool's numbers too, once they are read
     keys = shared.kv[slot, :, head, 0].reshape(spec.block_kv, spec.lanes).astype(dtype)
     values = shared.kv[slot, :, head, spec.parts - 1].reshape(spec.block_kv, spec.lanes).astype(dtype)
+    groups, _, vectors, tokens, _ = group.q_buffer.shape[1:]
+    count = math.gcd(groups, max(_VECTORS_AT_ONCE // (vectors * tokens), 1))
+    for first in range(0, groups, count):
+        queries = group.q_buffer[lax.rem(item, spec.buffers), pl.ds(first, count), head].reshape(-1, spec.lanes)
+        seen = _seen(spec, shared, group, item, block, first, count) if masked else None
+        _attend_vectors(spec, group, head, first // count, queries, keys, values, seen)
+
+
+def _attend_vectors(spec: AttendSpec, group: _Group, head, index, queries, keys, values, seen):
+    """Takes keys and values [block_kv, lanes] into the sums of `queries` [vectors, lanes], part `index` of a head's."""
+    rows = pl.ds(index * queries.shape[0], queries.shape[0])
     dot = functools.partial(
         lax.dot_general,
-        precision=lax.Precision.HIGHEST if dtype == jnp.float32 else None,
+        precision=lax.Precision.HIGHEST if queries.dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
     )
-    queries = group.q_buffer[lax.rem(item, spec.buffers), :, head].reshape(-1, spec.lanes)
     scores = dot(queries, keys, (((1,), (1,)), ((), ()))) * spec.scale
     if spec.soft_cap is not None:
         scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
-    if masked:
-        seen = _seen(spec, shared, group, item, block)
+    if seen is not None:
         scores = jnp.where(seen, scores.reshape(seen.shape), _MASKED).reshape(scores.shape)
-    top = group.top[head]
+    top = group.top[head, rows]
     new_top = jnp.maximum(top, scores.max(axis=1, keepdims=True))
     # Zero where masked; one where nothing has been seen yet, which the first seen block's factor of 0 wipes out.
-    weights = jnp.exp(scores - new_top[:, :1])
+    weights = jnp.exp(scores - _widen(new_top, spec.block_kv))
     factor = jnp.exp(top - new_top)
-    group.top[head] = new_top
-    group.weight[head] = group.weight[head] * factor + weights.sum(axis=1, keepdims=True)
-    sums = dot(weights.astype(dtype), values, (((1,), (0,)), ((), ())))
-    group.total[head] = group.total[head] * factor[:, :1] + sums
+    group.top[head, rows] = new_top
+    group.weight[head, rows] = group.weight[head, rows] * factor + weights.sum(axis=1, keepdims=True)
+    sums = dot(weights.astype(queries.dtype), values, (((1,), (0,)), ((), ())))
+    group.total[head, rows] = group.total[head, rows] * _widen(factor, spec.lanes) + sums
+
+
+def _widen(x, width):
+    """x [rows, 128], the same number in every lane, in so many lanes; nothing moves from lane to lane."""
+    return jnp.concatenate([x] * pl.cdiv(width, _LANES), axis=1)[:, :width]
