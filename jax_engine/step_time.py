@@ -48,9 +48,9 @@ class _Line:
 class StepTime:
     """Seconds of a step: base and slope of its bucket, times a margin.
 
-    The slope is per pair of a query token and a key that it attends to. The margin is the second worst recent ratio of a
-    measurement to its prediction: the bound is for all but one step in a thousand, so a stall that happens once (another
-    process, a page fault) makes nobody wait longer for the next thousand.
+    The slope is per pair of a query token and a key that it attends to. The margin is the second worst recent ratio of
+    a measurement to its prediction: the bound is for all but one step in a thousand, so a stall that happens once
+    (another process, a page fault) makes nobody wait longer for the next thousand.
 
     Args:
         sizes: the token counts of the buckets, increasing.
