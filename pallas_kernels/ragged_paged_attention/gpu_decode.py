@@ -136,6 +136,7 @@ def decode(
             jax.ShapeDtypeStruct((pieces, num_heads, head_dim), q.dtype),
             jax.ShapeDtypeStruct((pieces, num_kv_heads, sizes.padded_group), jnp.float32),
         ),
+        kernel_name="attention_decode",
         grid=(tiles.num_workers,),
         grid_names=("worker",),
         num_threads=2,

@@ -141,6 +141,7 @@ def prefill(
     run = plgpu.kernel(
         functools.partial(_entry, sizes),
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        kernel_name="attention_prefill",
         grid=(tiles.num_workers,),
         grid_names=("worker",),
         num_threads=NUM_COMPUTE + 1,
