@@ -6,15 +6,16 @@ The counterpart of benchmarks/scheduling.py, which compares the same decisions i
 cache on conversations and on a shared system prompt. `preemption`: both ways back, from a pool that holds half of what
 runs; answers are compared with those of a run that is never preempted. `copies`: pages on their way to and from the
 host beside steps. `gap`: the wait between two tokens of running streams while long prompts arrive, with and without the
-bound. `deterministic`: the price of one fixed bucket. Prompts are random token ids and output lengths are forced. All
-cases of an experiment run on the same compiled steps, `deterministic` on its own.
+bound. `deterministic`: the price of one fixed bucket, and whether answers and log-probabilities are the same there bit
+for bit whatever else runs. Prompts are random token ids and output lengths are forced. All cases of an experiment run
+on the same compiled steps, `deterministic` on its own.
 """
 
 import dataclasses
 import gc
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -29,6 +30,7 @@ from jax_engine.metrics import PHASES
 from jax_engine.model_runner import ModelRunner
 from jax_engine.planning import trace
 from jax_engine.planning.traffic import Seen, drive, figures
+from jax_engine.request import PositionLogprobs
 from jax_engine.sampling_params import RequestOutputKind, SamplingParams
 from jax_engine.schedule import Copies, PageCopy
 from jax_engine.start import open_model
@@ -105,20 +107,41 @@ def run(engine: Engine, work: Sequence[trace.TraceRequest]) -> list[Seen]:
     return drive(engine, work, prompts, lambda moment: time.sleep(max(0.0, moment - time.monotonic())))
 
 
-def tokens_of(engine: Engine, prompts: Sequence[Sequence[int]], output: int) -> tuple[list[list[int]], float]:
-    """The answers to prompts that come at once, and the seconds until the last token."""
+class Answer(NamedTuple):
+    """Tokens of a completion, and the log-probabilities at each where they were asked for."""
+
+    tokens: list[int]
+    logprobs: list[PositionLogprobs] | None
+
+
+def answers_of(
+    engine: Engine, prompts: Sequence[Sequence[int]], output: int, *, logprobs: int | None = None, first: int = 0
+) -> tuple[list[Answer], float]:
+    """The answers to prompts that come at once, number `first` before all, and the seconds until the last token."""
     params = SamplingParams(
-        temperature=0.0, max_tokens=output, ignore_eos=True, output_kind=RequestOutputKind.FINAL_ONLY
+        temperature=0.0,
+        max_tokens=output,
+        ignore_eos=True,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        logprobs=logprobs,
     )
     started = time.perf_counter()
-    for number, prompt in enumerate(prompts):
-        engine.submit(engine.make_request(str(number), prompt, params))
-    answers: dict[str, list[int]] = {}
+    for number in np.roll(np.arange(len(prompts)), -first):
+        engine.submit(engine.make_request(str(number), prompts[number], params))
+    answers: dict[str, Answer] = {}
     while engine.has_work:
         for made in engine.step():
-            answers[made.request_id] = list(made.outputs[0].token_ids)
+            answers[made.request_id] = Answer(list(made.outputs[0].token_ids), made.outputs[0].logprobs)
     seconds = time.perf_counter() - started
     return [answers[str(number)] for number in range(len(prompts))], seconds
+
+
+def preempting(bench: Bench) -> dict[str, dict[str, Any]]:
+    """Way back from a preemption -> limits of a pool that holds half of what runs."""
+    sizes = bench.sizes
+    half = max(bench.pages(bench.limits.max_model_len), bench.pages(sizes.prompt + sizes.output) * sizes.streams // 2)
+    modes = ("recompute", "swap", "auto") if bench.limits.num_swap_pages else ("recompute",)
+    return {mode: {"num_pages": half, "preemption_mode": mode} for mode in modes}
 
 
 def host_ms(engine: Engine) -> dict[str, float]:
@@ -178,13 +201,10 @@ def preemption(bench: Bench) -> dict[str, Any]:
     sizes, results = bench.sizes, {}
     chance = np.random.default_rng(6)
     prompts = [chance.integers(1, VOCAB, sizes.prompt).tolist() for _ in range(sizes.streams)]
-    half = max(bench.pages(bench.limits.max_model_len), bench.pages(sizes.prompt + sizes.output) * sizes.streams // 2)
-    want: list[list[int]] = []
-    modes = ("recompute", "swap", "auto") if bench.limits.num_swap_pages else ("recompute",)
-    for mode in ("never", *modes):
-        changes = {} if mode == "never" else {"num_pages": half, "preemption_mode": mode}
+    want: list[Answer] = []
+    for mode, changes in ({"never": {}} | preempting(bench)).items():
         engine = bench.engine(enable_prefix_caching=False, **changes)
-        got, seconds = tokens_of(engine, prompts, sizes.output)
+        got, seconds = answers_of(engine, prompts, sizes.output)
         want = want or got
         results[mode] = {
             "seconds": seconds,
@@ -270,7 +290,7 @@ def gap(bench: Bench) -> dict[str, Any]:
 
 
 def deterministic(bench: Bench) -> dict[str, Any]:
-    """Throughput of the same requests with buckets of many sizes and with one."""
+    """Throughput of the same requests with buckets of many sizes and with one; and what is the same in the one."""
     sizes = bench.sizes
     chance = np.random.default_rng(7)
     prompts = [chance.integers(1, VOCAB, sizes.prompt).tolist() for _ in range(sizes.streams)]
@@ -280,12 +300,49 @@ def deterministic(bench: Bench) -> dict[str, Any]:
     for name, own in (("as usual", bench), ("deterministic", Bench(fixed, sizes))):
         own.warm_up()
         for count in sorted({1, max(1, sizes.streams // 4), sizes.streams}):
-            _, seconds = tokens_of(own.engine(enable_prefix_caching=False), prompts[:count], sizes.output)
+            _, seconds = answers_of(own.engine(enable_prefix_caching=False), prompts[:count], sizes.output)
             results[f"{count} sequences, {name}"] = {
                 "output_tok_per_s": count * sizes.output / seconds,
                 "bucket": own.limits.token_buckets[-1],
             }
-    return results
+    return results | same_bits(own)
+
+
+def same_bits(bench: Bench) -> dict[str, Any]:
+    """Requests of many lengths, run together and in other ways: answers whose tokens, and whose tokens and
+    log-probabilities, are those of the first run."""
+    sizes, alone = bench.sizes, 4
+    chance = np.random.default_rng(8)
+    lengths = chance.integers(2, sizes.prompt + 1, sizes.streams)
+    prompts = [chance.integers(1, VOCAB, length).tolist() for length in lengths]
+    plain = {"enable_prefix_caching": False}
+    first = sizes.streams // 3
+
+    def run(changes: dict[str, Any], **options: Any) -> tuple[list[Answer], Engine]:
+        engine = bench.engine(**changes)
+        return answers_of(engine, prompts, sizes.output, logprobs=1, **options)[0], engine
+
+    want, _ = run(plain)
+    cases = {"again": plain, "one step at a time": plain | {"max_inflight_steps": 1}}
+    cases |= {f"preempted, {mode}": plain | changes for mode, changes in preempting(bench).items()}
+    got = {name: run(changes) for name, changes in cases.items()}
+    got["in another order"] = run(plain, first=first)
+    engine = bench.engine(enable_prefix_caching=True)
+    for _ in range(2):
+        answers, _ = answers_of(engine, prompts, sizes.output, logprobs=1, first=first)
+    got["found in the cache"] = answers, engine
+    engine = bench.engine(**plain)
+    got["alone"] = [answers_of(engine, [prompt], sizes.output, logprobs=1)[0][0] for prompt in prompts[:alone]], engine
+    return {
+        name: {
+            "answers": len(answers),
+            "same_tokens": sum(one.tokens == other.tokens for one, other in zip(want, answers, strict=False)),
+            "same_bits": sum(one == other for one, other in zip(want, answers, strict=False)),
+            "preemptions": sum(engine.metrics.preemptions_by_way.values()),
+            "cached_tokens": engine.metrics.tokens["cached"],
+        }
+        for name, (answers, engine) in got.items()
+    }
 
 
 EXPERIMENTS: dict[str, Callable[[Bench], dict[str, Any]]] = {

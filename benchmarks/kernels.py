@@ -5,11 +5,13 @@
 Decode is bound by memory: the figure is the KV bytes read over the time. Prefill is bound by arithmetic: the figure is
 the operations a causal attention needs over the time. Several calls run back to back inside one program, each on the
 result of the one before, so launches and the host are not measured; nor is the plan, which is made once per step and
-timed by itself. Pages are in random order. A case that fails is reported and the others go on; the results file is
-written anew after every case, so that a run that is cut off leaves what it has.
+timed by itself. The kernel of longer rows is also asked for the same tokens in rows cut in other ways: no bit may
+differ. Pages are in random order. A case that fails is reported and the others go on; the results file is written anew
+after every case, so that a run that is cut off leaves what it has.
 """
 
 import dataclasses
+import itertools
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +29,8 @@ from pallas_kernels.ragged_paged_attention.cases import MIXES, SHAPES, Mix, Shap
 MODEL = SHAPES["llama-8b"]
 MAX_LEN = 8192
 ROUNDS, REPEATS = 3, 8
+#: Calls written out in a program's loop; 64 take a minute to compile where a row may have 64 pieces.
+UNROLLED = 8
 #: Of one H100 80GB: bytes per second by its data sheet, and dense bfloat16 operations per second.
 PEAK_BYTES, PEAK_OPERATIONS = 3.35e12, 989e12
 
@@ -105,9 +109,12 @@ class Case:
 
         @jax.jit
         def attend(q: jax.Array, pool: jax.Array, shared: Plan) -> jax.Array:
-            for _ in range(self.calls):
-                q = once(q, pool, shared)
-            return q
+            def some(_: jax.Array, q: jax.Array) -> jax.Array:
+                for _ in range(UNROLLED):
+                    q = once(q, pool, shared)
+                return q
+
+            return jax.lax.fori_loop(0, self.calls // UNROLLED, some, q)
 
         shared = make_plan(ragged)
         return best_of(lambda: attend(q, pool, shared)) / self.calls, best_of(lambda: make_plan(ragged).slots)
@@ -176,14 +183,17 @@ def checks() -> Iterator[tuple[str, Shape, Mix, str, dict[str, Any]]]:
             yield f"qwen3-0.6b, ragged, {name}", SHAPES["qwen3-0.6b"], RAGGED, "bfloat16", options
 
 
+def with_sinks(shape: Shape, options: dict[str, Any]) -> dict[str, Any]:
+    """The options, with a sink for each head where they ask for some."""
+    return options | ({"sinks": jnp.linspace(-2.0, 3.0, shape.num_heads)} if "sinks" in options else {})
+
+
 def error(
     shape: Shape, mix: Mix, dtype: str, options: dict[str, Any], page_size: int, implementation: str
 ) -> dict[str, Any]:
     """Relative error, by the norm, of a step whose unused slots hold NaN: of all of it, and of each row by itself."""
     inputs = make_inputs(shape, mix, page_size=page_size, dtype=jnp.dtype(dtype))
-    options = options | {"scale": shape.head_dim**-0.5}
-    if "sinks" in options:
-        options["sinks"] = jnp.linspace(-2.0, 3.0, shape.num_heads)
+    options = with_sinks(shape, options) | {"scale": shape.head_dim**-0.5}
 
     @jax.jit
     def run(inputs_pool: jax.Array, ragged: Ragged) -> tuple[jax.Array, jax.Array]:
@@ -207,6 +217,43 @@ def error(
     starts = np.asarray(inputs.ragged.query_starts)
     by_row = [relative(slice(starts[row], starts[row + 1])) for row in range(len(mix.rows))]
     return {"error": relative(slice(None)), "worst_row": max(by_row), "row": list(mix.rows[int(np.argmax(by_row))])}
+
+
+#: Ends of the rows that the same tokens are cut into, after some tokens of a row of their own.
+CUTS: tuple[tuple[int, list[int]], ...] = ((37, [900]), (0, [1, 77, 130, 389, 771, 900]), (100, [*range(852, 901)]))
+
+
+def cuts(shape: Shape, options: dict[str, Any], page_size: int, implementation: str) -> dict[str, Any]:
+    """How many of a sequence's tokens change a bit with the cuts of its row, all on the path of longer rows."""
+    tokens, rows, total = 1024, 64, CUTS[0][1][-1]
+    random = np.random.default_rng(0)
+    num_pages = -(-total // page_size)
+    pages = random.permutation(num_pages)
+    pool_shape = (num_pages, shape.num_kv_heads, 2, page_size, shape.head_dim)
+    pool = jax.random.normal(jax.random.key(0), pool_shape, jnp.bfloat16)
+    queries = jax.random.normal(jax.random.key(1), (total, shape.num_heads, shape.head_dim), jnp.bfloat16)
+
+    @jax.jit
+    def run(q: jax.Array, ragged: Ragged) -> jax.Array:
+        sizes = {"num_tokens": tokens, "num_pages": num_pages, "page_size": page_size}
+        shared = plan(ragged, implementation=implementation, **sizes)
+        return ragged_paged_attention(q, pool, shared, jnp.int32(0), scale=shape.head_dim**-0.5, **options)
+
+    def result(lead: int, ends: list[int]) -> np.ndarray:
+        lens = [lead, *ends] if lead else ends
+        query_lens = [lead, *np.diff([0, *ends])] if lead else np.diff([0, *ends])
+        parts = (np.pad(np.asarray(part, np.int32), (0, rows - len(lens))) for part in (lens, query_lens))
+        kv_lens, query_lens = parts
+        table = jnp.asarray(np.tile(pages, (rows, 1)), jnp.int32)
+        starts = jnp.asarray(np.cumsum([0, *query_lens]), jnp.int32)
+        q = jnp.zeros((tokens, *queries.shape[1:]), queries.dtype)
+        q = q.at[:lead].set(queries[:lead]).at[lead : lead + total].set(queries)
+        out = run(q, Ragged(table, jnp.asarray(kv_lens), starts, jnp.int32(0)))
+        return np.asarray(out[lead : lead + total]).view(np.uint16)
+
+    want = result(0, [total])
+    differ = [int((result(*cut) != want).any(axis=(1, 2)).sum()) for cut in CUTS]
+    return {"tokens": total, "tokens_that_differ": differ}
 
 
 def attempt(row: dict[str, Any], what: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -236,7 +283,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     page_size, implementation = flag_values["page_size"].value, flag_values["implementation"].value
     only, out = flag_values["only"].value, flag_values["out"].value
-    fields = {"page_size": page_size, "implementation": implementation, "rows": [], "relative_error": []}
+    fields = {"page_size": page_size, "implementation": implementation, "rows": [], "relative_error": [], "cuts": []}
     document = report.document("benchmarks.kernels", argv, device=report.jax_device(), **fields)
 
     def record(part: str, row: dict[str, Any], what: Callable[[], dict[str, Any]]) -> None:
@@ -252,16 +299,23 @@ def main(argv: Sequence[str]) -> int:
         if re.search(only, f"check {name}"):
             row = {"case": name}
             record("relative_error", row, lambda case=case: error(*case, page_size, implementation))
-    show(document["rows"], document["relative_error"])
-    return int(any("failed" in row for row in (*document["rows"], *document["relative_error"])))
+    for shape, (name, options) in itertools.product(("llama-8b", "smollm2-135m"), OPTIONS.items()):
+        if re.search(only, f"cuts {shape} {name}"):
+            row, given = {"case": f"{shape}, {name}".rstrip(", ")}, with_sinks(SHAPES[shape], options)
+            record("cuts", row, lambda shape=shape, given=given: cuts(SHAPES[shape], given, page_size, implementation))
+    show(document["rows"], document["relative_error"], document["cuts"])
+    done = (*document["rows"], *document["relative_error"], *document["cuts"])
+    return int(any("failed" in row or any(row.get("tokens_that_differ", ())) for row in done))
 
 
-def show(rows: list[dict[str, Any]], errors: list[dict[str, Any]]) -> None:
-    """Prints both tables."""
+def show(rows: list[dict[str, Any]], errors: list[dict[str, Any]], cut: list[dict[str, Any]]) -> None:
+    """Prints the tables."""
     cells = [[f"{r['kernel']} {r['case']}", f"{r['us']:.1f}", f"{r['per_s'] / 1e12:.2f}"] for r in rows if "us" in r]
     print("\n" + report.table([["", "us", "T/s"], *cells]))
     cells = [[row["case"], f"{row['error']:.1e}" if "error" in row else row["failed"]] for row in errors]
     print("\n" + report.table([["relative error", ""], *cells]))
+    cells = [[row["case"], str(row.get("tokens_that_differ", row.get("failed")))] for row in cut]
+    print("\n" + report.table([["tokens that differ by cut", ""], *cells]))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""Single decode steps of a model with dummy weights on a GPU or TPU: milliseconds on the device and on the host.
+"""Single steps of a model with dummy weights on a GPU or TPU: milliseconds on the device and on the host.
 
     python -m benchmarks.steps --rows=1,32,256 --context=768 --out=benchmarks/results/h100_steps.json
+    python -m benchmarks.steps --rows=1,240 --prompts=220,60 --trace=FOLDER
 
+Steps of decodes, or with --prompts of decodes and of whole prompts in the bucket that the engine takes for them.
 Neither scheduler nor engine takes part: the same batch is dispatched over and over, its tokens fed back on the device,
 results read one step late, as the engine does. The floor is the weights' and keys' bytes at the speed of a device copy.
 With --trace, some steps are run under the profiler, and every kernel's time is listed.
@@ -23,7 +25,7 @@ from absl import flags as absl_flags
 from benchmarks import program, report
 from checkpoints.loader import dummy
 from jax_engine.batch import FLOAT_FIELDS, INT_FIELDS, BatchLayout, no_adjustments
-from jax_engine.buckets import Bucket
+from jax_engine.buckets import Bucket, choose_bucket
 from jax_engine.config import EngineConfig, resolve
 from jax_engine.constraints import unconstrained
 from jax_engine.features import Feature
@@ -47,17 +49,18 @@ class Stepper:
     """A model on the device, and steps of it at one context length.
 
     Args:
-        shape: name in models.shapes.NAMED_SHAPES. max_rows: most sequences of a step. context: keys of each.
+        shape: name in models.shapes.NAMED_SHAPES. max_rows: most decodes of a step. context: keys of each.
+        prompts: lengths of the prompts in every step; where there are none, steps are of decodes only.
     """
 
-    def __init__(self, shape: str, max_rows: int, context: int):
+    def __init__(self, shape: str, max_rows: int, context: int, prompts: Sequence[int] = ()):
         set_xla_flags()
         device = jax.devices()[0]
         model = read_config(NAMED_SHAPES[shape])
-        self.context = context
+        self.context, self.prompts = context, prompts
         limits = resolve(EngineConfig(), model, platform=device.platform, num_pages=1)
         self.pages = -(-context // limits.page_size)
-        num_pages = max(self.pages * max_rows, limits.max_pages_per_seq)
+        num_pages = max(self.pages * max_rows + self._prompt_pages(limits.page_size), limits.max_pages_per_seq)
         self.limits = resolve(EngineConfig(), model, platform=device.platform, num_pages=num_pages)
         self.program = ModelProgram(model.served(self.limits.max_model_len, False), "bfloat16", [device])
         arrays = dummy(self.program.wanted, 0)
@@ -67,33 +70,46 @@ class Stepper:
         shapes = self.program.cache_shapes(self.limits)
         self.cache = jax.jit(lambda: jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), shapes))()
 
+    def _prompt_pages(self, page_size: int) -> int:
+        return sum(-(-length // page_size) for length in self.prompts)
+
+    def bucket(self, rows: int) -> Bucket:
+        """Of a step of so many decodes, and the prompts."""
+        if not self.prompts:
+            return Bucket(rows, rows, True)
+        return choose_bucket(self.limits, rows + sum(self.prompts), rows, rows + len(self.prompts))
+
     def compile(self, rows: int) -> tuple[BatchLayout, dict[str, Any], dict[str, float]]:
-        """The programs of a decode step of so many rows by kind, and the seconds it took to make the model's."""
-        bucket = Bucket(rows, rows, True)
+        """The programs of a step of so many decodes by kind, and the seconds it took to make the model's."""
+        bucket = self.bucket(rows)
         start = time.perf_counter()
         layout, lowered = self.program.lower(bucket, self.limits)
         middle = time.perf_counter()
         compiled = {"model": lowered.compile(compiler_options=self.program.compiler_options(bucket))}
         seconds = {"lower_s": middle - start, "compile_s": time.perf_counter() - middle}
         for kind in ("likeliest", "sample"):
-            source = self.program.part(Part(kind, Bucket(0, rows, False)), self.limits)
+            source = self.program.part(Part(kind, Bucket(0, bucket.num_seqs, False)), self.limits)
             compiled[kind] = source.lower().compile(compiler_options=source.options)
         return layout, compiled, seconds
 
-    def packed(self, layout: BatchLayout, sampling: str) -> np.ndarray:
-        """A step of full rows, each with one new token that the step before it sampled."""
-        rows = layout.bucket.num_seqs
+    def packed(self, layout: BatchLayout, rows: int, sampling: str) -> np.ndarray:
+        """A step of full rows, each with one new token that the step before it sampled, and of the prompts."""
         temperature, top_p, features = SAMPLING[sampling]
         packed = np.zeros(layout.size, np.int32)
         parts = layout.unpack(packed)
-        parts["token_ids"][:] = -1 - np.arange(rows)
-        parts["query_starts"][:] = np.arange(rows + 1)
-        parts["starts"][:] = self.context - 1
-        parts["slots"][:] = np.arange(rows)
-        order = np.random.default_rng(0).permutation(self.limits.num_pages)[: rows * self.pages]
-        parts["page_table"][:, : self.pages] = order.reshape(rows, self.pages)
+        counts = np.zeros(layout.bucket.num_seqs, np.int32)
+        counts[: rows + len(self.prompts)] = [1] * rows + list(self.prompts)
+        parts["token_ids"][:rows] = -1 - np.arange(rows)
+        parts["query_starts"][1:] = np.cumsum(counts)
+        parts["starts"][:rows] = self.context - 1
+        parts["slots"][:] = np.where(counts > 0, np.arange(counts.size), self.limits.max_num_seqs)
+        order = np.random.default_rng(0).permutation(self.limits.num_pages)
+        lengths = [self.context] * rows + list(self.prompts)
+        for row, length in enumerate(lengths):
+            pages, order = np.split(order, [-(-length // self.limits.page_size)])
+            parts["page_table"][row, : pages.size] = pages
         parts["stop_ids"][:] = -1
-        parts["settings"][INT_FIELDS.index("seed_low")] = np.arange(rows)
+        parts["settings"][INT_FIELDS.index("seed_low")] = np.arange(counts.size)
         floats = dict.fromkeys(FLOAT_FIELDS, 0.0) | {"temperature": temperature, "top_p": top_p}
         floats["repetition_penalty"] = 1.0
         values = np.array(list(floats.values()), np.float32).view(np.int32)
@@ -139,7 +155,8 @@ class Stepper:
     def floor_ms(self, rows: int) -> float:
         """What a step has to read, at the speed of a copy."""
         page = self.program.page_bytes(self.limits.page_size) / self.limits.page_size
-        return (self.read_bytes + rows * self.context * page) / COPY_BYTES * MS
+        keys = rows * self.context + sum(self.prompts)
+        return (self.read_bytes + keys * page) / COPY_BYTES * MS
 
 
 def trace_lines(folder: str) -> Iterator[tuple[str, Any]]:
@@ -197,6 +214,7 @@ def main(argv: Sequence[str]) -> int:
     absl_flags.DEFINE_string("model", "llama-3.1-8b", "A named shape.", **here)
     absl_flags.DEFINE_list("rows", ["1", "32", "256"], "Sequences of the step, in turn.", **here)
     absl_flags.DEFINE_integer("context", 768, "Keys of every sequence.", lower_bound=1, **here)
+    absl_flags.DEFINE_list("prompts", [], "Lengths of the prompts in every step.", **here)
     absl_flags.DEFINE_list("sampling", ["greedy"], f"In turn: {', '.join(SAMPLING)}.", **here)
     absl_flags.DEFINE_integer("steps", 60, "Timed steps of each.", lower_bound=1, **here)
     absl_flags.DEFINE_string("trace", None, "Folder for tables of kernels.", **here)
@@ -204,16 +222,20 @@ def main(argv: Sequence[str]) -> int:
     if not program.parse(values, "benchmarks.steps", __doc__, argv[1:]):
         return 0
     sizes = [int(size) for size in values["rows"].value]
-    stepper = Stepper(values["model"].value, max(sizes), values["context"].value)
+    prompts = [int(length) for length in values["prompts"].value]
+    stepper = Stepper(values["model"].value, max(sizes), values["context"].value, prompts)
     found = []
     for rows in sizes:
         layout, compiled, seconds = stepper.compile(rows)
         for sampling in values["sampling"].value:
-            packed = stepper.packed(layout, sampling)
+            packed = stepper.packed(layout, rows, sampling)
             stepper.run(layout, compiled, packed, 5)
             figures = stepper.run(layout, compiled, packed, values["steps"].value)
             floor = stepper.floor_ms(rows)
-            found.append({"rows": rows, "sampling": sampling, "floor_ms": floor, **seconds, **figures})
+            bucket = list(layout.bucket)
+            found.append(
+                {"rows": rows, "bucket": bucket, "sampling": sampling, "floor_ms": floor, **seconds, **figures}
+            )
             print(found[-1], flush=True)
             if values["trace"].value:
                 trace(stepper, layout, compiled, packed, Path(values["trace"].value) / f"{rows}_{sampling}.txt")
@@ -228,7 +250,7 @@ def main(argv: Sequence[str]) -> int:
     ]
     print(report.table([["rows", "step ms", "floor ms", "dispatch p50 ms"], *cells]))
     if values["out"].value:
-        fields = {"model": values["model"].value, "context": stepper.context, "rows": found}
+        fields = {"model": values["model"].value, "context": stepper.context, "prompts": prompts, "rows": found}
         flags = os.environ.get("XLA_FLAGS", "")
         document = report.document("benchmarks.steps", argv, device=report.jax_device(), xla_flags=flags, **fields)
         report.write(values["out"].value, document)

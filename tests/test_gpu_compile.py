@@ -7,7 +7,10 @@ beside its arguments than one layer of the pool. No speed, no values. Two layers
 import dataclasses
 import importlib.util
 import math
+import re
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from jax_engine.batch import Bucket
@@ -16,6 +19,7 @@ from jax_engine.models import read_config
 from jax_engine.models.shapes import NAMED_SHAPES
 from jax_engine.program import ModelProgram
 from jax_engine.targets import open_target
+from pallas_kernels.ragged_paged_attention import Device, Ragged, plan, pool_shape, ragged_paged_attention
 
 pytestmark = pytest.mark.skipif(
     not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)),
@@ -88,3 +92,29 @@ def test_products_take_weights_of_8_bits_as_they_are(format, rows):
     assert memory.temp_size_in_bytes < smallest
     found = text.count('custom_call_target="__cublas$lt$matmul$f8"')
     assert found >= 5 if rows == 256 else found == 0
+
+
+def test_scores_are_rounded_alike_with_a_mask_and_without(tmp_path, monkeypatch):
+    """The product and the difference in front of every exp2 of a score are one instruction, in every tile: where they
+    were two in the tiles that have a mask, a token's bits depended on where its block of queries began."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
+    tokens, rows, pages, page_size = 256, 8, 64, 64
+    place = jax.sharding.SingleDeviceSharding(open_target("h100").devices[0])
+
+    def array(shape, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    def attend(q, pool, ragged):
+        shared = plan(ragged, num_tokens=tokens, num_pages=pages, page_size=page_size, device=Device("gpu"))
+        return ragged_paged_attention(q, pool, shared, jnp.int32(0), scale=0.125)
+
+    q = array((tokens, 8, 128), jnp.bfloat16)
+    pool = array(pool_shape(1, pages, page_size, 4, 128, device=Device("gpu")), jnp.bfloat16)
+    jax.jit(attend).lower(q, pool, Ragged(array((rows, 16)), array((rows,)), array((rows + 1,)), array(()))).compile()
+    found = {file.name: file.read_text() for file in tmp_path.glob("attention_*.ptx")}
+    assert len(found) == 2
+    for name, text in found.items():
+        made_by = {to: operation for operation, to in re.findall(r"\b([a-z]+)[.a-z0-9]*\s+(%r\d+),", text)}
+        sources = [made_by[register] for register in re.findall(r"ex2\.approx\S*\s+%r\d+, (%r\d+);", text)]
+        assert sources.count("fma") >= 32 and "sub" not in sources, (name, sources)

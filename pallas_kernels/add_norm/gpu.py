@@ -30,6 +30,7 @@ def add_norm(x, added, weight, eps: float):
     run = plgpu.kernel(
         functools.partial(_row, eps),
         out_type=(jax.ShapeDtypeStruct(x.shape, x.dtype),) * 2,
+        kernel_name="add_norm",
         grid=(x.shape[0],),
         grid_names=("row",),
         compiler_params=plgpu.CompilerParams(approx_math=True),

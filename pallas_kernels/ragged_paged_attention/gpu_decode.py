@@ -28,8 +28,9 @@ from pallas_kernels.ragged_paged_attention.gpu_tiles import (
     WARPGROUP_ROWS,
     Tiles,
     add_values,
+    cap_scores,
     clear_unwritten,
-    scale_scores,
+    exponent,
     swizzle,
     transforms,
     update_softmax,
@@ -135,6 +136,7 @@ def decode(
             jax.ShapeDtypeStruct((pieces, num_heads, head_dim), q.dtype),
             jax.ShapeDtypeStruct((pieces, num_kv_heads, sizes.padded_group), jnp.float32),
         ),
+        kernel_name="attention_decode",
         grid=(tiles.num_workers,),
         grid_names=("worker",),
         num_threads=2,
@@ -358,12 +360,12 @@ def _attend_tile(sizes: _Sizes, memory: _Shared, length, tile, carry):
 
     scores = pl.run_scoped(multiply_keys, plgpu.ACC((rows, block), jnp.float32))
     plgpu.barrier_arrive(memory.k_free.at[stage])
-    scores = scale_scores(scores, options)
+    scores = cap_scores(scores, options)
     key = plgpu.broadcasted_iota(jnp.int32, (rows, block), 1, layout=plgpu.Layout.WGMMA) + tile * block
     seen = key < length
     if options.sliding_window is not None:
         seen = seen & (key >= length - options.sliding_window)
-    weights, factor, top, total = update_softmax(jnp.where(seen, scores, MASKED), top, total)
+    weights, factor, top, total = update_softmax(jnp.where(seen, scores, MASKED), top, total, options)
     acc = acc * lax.broadcast_in_dim(factor, acc.shape, [0])
     plgpu.barrier_wait(memory.v_full.at[stage])
     pl.when((tile + 1) * block > length)(lambda: clear_unwritten(memory.v.at[stage], length - tile * block))
@@ -378,7 +380,7 @@ def _store(sizes: _Sizes, memory: _Shared, item: _Item, acc, top, total, parts_r
     inverse = jnp.where(total > 0, 1.0 / jnp.maximum(total, 1e-30), 0.0)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the item before
     memory.out[...] = (acc * lax.broadcast_in_dim(inverse, acc.shape, [0])).astype(sizes.dtype)
-    memory.lse[...] = jnp.where(total > 0, top + jnp.log2(jnp.maximum(total, 1e-30)), MASKED)
+    memory.lse[...] = jnp.where(total > 0, top * exponent(sizes.options) + jnp.log2(jnp.maximum(total, 1e-30)), MASKED)
     plgpu.commit_smem()
     piece = item.row * sizes.max_splits + item.split
     source = memory.out.at[pl.ds(0, group)]

@@ -27,8 +27,9 @@ from pallas_kernels.ragged_paged_attention.gpu_tiles import (
     WARPGROUP_ROWS,
     Tiles,
     add_values,
+    cap_scores,
     clear_unwritten,
-    scale_scores,
+    exponent,
     transforms,
     update_softmax,
 )
@@ -140,6 +141,7 @@ def prefill(
     run = plgpu.kernel(
         functools.partial(_entry, sizes),
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        kernel_name="attention_prefill",
         grid=(tiles.num_workers,),
         grid_names=("worker",),
         num_threads=NUM_COMPUTE + 1,
@@ -318,7 +320,7 @@ def _compute(sizes: _Sizes, refs, memory: _Shared, warpgroup):
         acc, top, total, step = lax.fori_loop(item.full, item.end, functools.partial(attend, True), carry)
         head = item.head + (warpgroup if sizes.heads == 2 else 0)
         if sizes.has_sinks:
-            total = total + jnp.exp2(sinks_ref[head] * LOG2E - top)
+            total = total + jnp.exp2(sinks_ref[head] * LOG2E - top * exponent(sizes.options))
         _store(sizes, memory, warpgroup, head, span, acc, total, out_ref)
         return step
 
@@ -346,7 +348,7 @@ def _attend_tile(sizes: _Sizes, memory: _Shared, warpgroup, item: _Item, positio
 
     scores = pl.run_scoped(multiply_keys, plgpu.ACC((rows, block), jnp.float32))
     plgpu.barrier_arrive(memory.k_free.at[stage])
-    scores = scale_scores(scores, options)
+    scores = cap_scores(scores, options)
     if masked:
         key = plgpu.broadcasted_iota(jnp.int32, (rows, block), 1, layout=plgpu.Layout.WGMMA) + tile * block
         query = plgpu.broadcasted_iota(jnp.int32, (rows, block), 0, layout=plgpu.Layout.WGMMA) + position
@@ -354,7 +356,7 @@ def _attend_tile(sizes: _Sizes, memory: _Shared, warpgroup, item: _Item, positio
         if options.sliding_window is not None:
             seen = seen & (key > query - options.sliding_window)
         scores = jnp.where(seen, scores, MASKED)
-    weights, factor, top, total = update_softmax(scores, top, total)
+    weights, factor, top, total = update_softmax(scores, top, total, options)
     acc = acc * lax.broadcast_in_dim(factor, acc.shape, [0])
     weights = weights.astype(sizes.dtype)
     acc, top, total, weights = lax.optimization_barrier((acc, top, total, weights))

@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.ragged_paged_attention.implementation import Options
 
 LOG2E = math.log2(math.e)
-MASKED = -1e30  # finite, so that a row with nothing seen yet gives exp2(0) = 1 and not NaN
+MASKED = -1e30  # finite, so that the difference of two is zero and not NaN
 #: Rows of one matrix instruction of a warpgroup.
 WARPGROUP_ROWS = 64
 
@@ -66,20 +66,32 @@ def supports(head_dim: int, dtype, page_size: int) -> bool:
     return head_dim in (64, 96, 128, 256) and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) and 16 <= page_size <= 128
 
 
-def scale_scores(scores, options: Options):
-    """Scores in base 2, after scale and soft cap."""
+def cap_scores(scores, options: Options):
+    """Products of queries and keys, under the soft cap where there is one; in base 2 once times exponent(options)."""
     if options.logits_soft_cap is None:
-        return scores * (options.scale * LOG2E)
-    cap = options.logits_soft_cap
-    return jnp.tanh(scores * (options.scale / cap)) * (cap * LOG2E)
+        return scores
+    return jnp.tanh(scores * (options.scale / options.logits_soft_cap))
 
 
-def update_softmax(scores, top, total):
-    """Weights of a tile's scores, the factor of what was summed before, and the new statistics."""
+def exponent(options: Options) -> float:
+    """What a score is multiplied by on its way into exp2."""
+    return LOG2E * (options.scale if options.logits_soft_cap is None else options.logits_soft_cap)
+
+
+def update_softmax(scores, top, total, options: Options):
+    """Weights of a tile's scores, the factor of what was summed before, and the new statistics.
+
+    top is the largest score so far. Scores are multiplied here and nowhere before, masked or not: the compiler makes
+    one instruction of the product and the difference, which rounds once, and where a mask came between them it could
+    not, so that a token's bits would depend on where its block of queries begins.
+    """
+    factor = exponent(options)
     new_top = jnp.maximum(top, scores.max(axis=1))
-    factor = jnp.exp2(top - new_top)
-    weights = jnp.exp2(scores - lax.broadcast_in_dim(new_top, scores.shape, [0]))
-    return weights, factor, new_top, total * factor + weights.sum(axis=1)
+    # A row that has seen nothing yet: the difference of two numbers so large would not be zero.
+    least = jnp.where(new_top > MASKED, new_top * factor, 0.0)
+    weights = jnp.exp2(scores * factor - lax.broadcast_in_dim(least, scores.shape, [0]))
+    rescale = jnp.exp2((top - new_top) * factor)
+    return weights, rescale, new_top, total * rescale + weights.sum(axis=1)
 
 
 def clear_unwritten(values, count):
