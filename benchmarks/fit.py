@@ -25,11 +25,14 @@ def main(argv: Sequence[str]) -> int:
     options = [argument for argument in argv[1:] if not argument.startswith("--out=")]
     command = [sys.executable, "-m", "serving.cli", "compile", *options, "--json"]
     done = subprocess.run(command, cwd=report.ROOT, capture_output=True, text=True, check=False)
+    if done.returncode not in (0, 1):
+        print(done.stderr, end="", file=sys.stderr)
+        return done.returncode
     found = {"compiled": json.loads(done.stdout)} if done.returncode == 0 else {"refused": done.stderr.strip()}
     load = os.getloadavg()[1]
     report.write(outs[0], report.document("benchmarks.fit", argv, libtpu=_libtpu(), load_5_min=load, **found))
     print(json.dumps(found, indent=1))
-    return 0 if done.returncode in (0, 1) else done.returncode
+    return 0
 
 
 def _libtpu() -> str | None:

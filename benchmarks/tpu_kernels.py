@@ -28,8 +28,13 @@ from pallas_kernels.ragged_paged_attention.tpu_tiles import tiles_for
 
 LAYERS, PAGES, PAGE_SIZE, MAX_MODEL_LEN = 3, 1024, 64, 8192
 KERNELS = ("ragged_paged_attention", "write_kv")
-#: Name -> packed tokens, rows, whether all rows decode.
-STEPS = {"decode": (256, 256, True), "mixed": (512, 64, False)}
+#: Name -> packed tokens, rows, whether all rows decode; and the pool's dtype.
+STEPS = {
+    "decode": ((256, 256, True), jnp.bfloat16),
+    "mixed": ((512, 64, False), jnp.bfloat16),
+    "decode int8": ((256, 256, True), jnp.int8),
+    "decode fp8": ((256, 256, True), jnp.float8_e4m3fn),
+}
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ def compile_op(
     def array(dims: tuple[int, ...], kind: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(dims, kind, sharding=place)
 
-    def step(pool, q, k, v, ragged, sink_values):
+    def step(pool, q, k, v, ragged, sink_values, kv_scales):
         shared = plan(
             ragged,
             num_tokens=tokens,
@@ -80,8 +85,10 @@ def compile_op(
             device=Device("tpu", device.device_kind),
         )
         for layer in range(layers):
-            pool = write_kv(pool, k, v, shared, jnp.int32(layer))
-            q = ragged_paged_attention(q, pool, shared, jnp.int32(layer), scale=0.1, sinks=sink_values, **options)
+            pool = write_kv(pool, k, v, shared, jnp.int32(layer), kv_scales=kv_scales)
+            q = ragged_paged_attention(
+                q, pool, shared, jnp.int32(layer), scale=0.1, sinks=sink_values, kv_scales=kv_scales, **options
+            )
         return pool, q
 
     dims = pool_shape(layers, PAGES, PAGE_SIZE, shape.num_kv_heads, shape.head_dim, implementation="tpu")
@@ -89,9 +96,10 @@ def compile_op(
     kv = array((tokens, shape.num_kv_heads, shape.head_dim), dtype)
     q = array((tokens, shape.num_heads, shape.head_dim), dtype)
     sink_values = array((shape.num_heads,), jnp.float32) if sinks else None
+    kv_scales = array((2, shape.num_kv_heads), jnp.float32) if pool_dtype == jnp.int8 else None
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = jax.jit(step, donate_argnums=0).lower(
-            array(dims, pool_dtype or dtype), q, kv, kv, ragged, sink_values
+            array(dims, pool_dtype or dtype), q, kv, kv, ragged, sink_values, kv_scales
         )
     memory = lowered.compile().memory_analysis()
     assert memory is not None, "the compiler reports no memory use"
@@ -107,7 +115,8 @@ def profile(chip: str, steps: Iterable[str], folder: Path) -> Iterator[dict[str,
     """
     for step in steps:
         before = set(folder.iterdir())
-        compile_op(chip, SHAPES["llama-8b"], *STEPS[step], layers=1)
+        sizes, pool_dtype = STEPS[step]
+        compile_op(chip, SHAPES["llama-8b"], *sizes, layers=1, pool_dtype=pool_dtype)
         files = sorted(set(folder.iterdir()) - before)
         for kernel in KERNELS:
             name = {"chip": chip, "step": step, "kernel": kernel}
@@ -144,7 +153,8 @@ def _pace(chip: str, step: str, kernel: str, files: Sequence[Path]) -> dict[str,
     A turn is a full block of keys and values of one row. In a mixed step a turn is one of two kinds, which the text
     does not tell apart.
     """
-    if kernel != "ragged_paged_attention" or step != "decode":
+    (_, _, decode_only), pool_dtype = STEPS[step]
+    if kernel != "ragged_paged_attention" or not decode_only:
         return {}
     from jax.experimental.pallas import tpu as pltpu
 
@@ -153,7 +163,7 @@ def _pace(chip: str, step: str, kernel: str, files: Sequence[Path]) -> dict[str,
     pages = tiles_for(kind).block_kv // PAGE_SIZE
     issued = turn + pages * fetch
     shape = SHAPES["llama-8b"]
-    block = 2 * tiles_for(kind).block_kv * shape.num_kv_heads * shape.head_dim * 2
+    block = 2 * tiles_for(kind).block_kv * shape.num_kv_heads * shape.head_dim * jnp.dtype(pool_dtype).itemsize
     name = chip.partition(":")[0].removeprefix("tpu")
     seconds = block / pltpu.get_tpu_info_for_chip(pltpu.ChipVersion(name), 1).mem_bw_bytes_per_second
     return {

@@ -17,7 +17,7 @@ PREEMPTION_MODES = ("auto", "recompute", "swap")
 WINDOW_CACHES = ("pages", "slots")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("auto", "int8", "fp8")
-KV_CACHE_DTYPES = ("auto", "fp8")
+KV_CACHE_DTYPES = ("auto", "fp8", "int8")
 LOAD_FORMATS = ("auto", "dummy")
 GENERATION_CONFIGS = ("auto", "engine")
 
@@ -44,7 +44,7 @@ class EngineConfig:
     quantization: str = _option(
         "auto", "Weights in 8 bits, scaled by output: int8 or fp8. auto: as the checkpoint has them."
     )
-    kv_cache_dtype: str = _option("auto", "Of keys and values: auto: as dtype. fp8: e4m3, twice the pages.")
+    kv_cache_dtype: str = _option("auto", "Of keys and values: auto: as dtype. fp8, int8: twice the pages.")
     load_format: str = _option("auto", "auto: read the checkpoint. dummy: random weights for the model's config.")
     generation_config: str = _option(
         "auto", "Sampling of requests that do not say: auto: as the model's generation_config. engine: unchanged."

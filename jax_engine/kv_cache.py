@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from jax_engine.config import Limits
 from jax_engine.layers.recurrent import RecurrentCache
@@ -26,11 +26,13 @@ class KVCache:
         token_ids: [num_pages * page_size] the token at each place of the pool. The penalties read a sequence's history
             from here, by the same page table, so it is right whatever happens to the sequence's pages.
         last_tokens: [max_num_seqs + 1] the token that each slot sampled last; the last place takes what padding writes.
+        kv_scales: [L, 2, K] float32, of a pool of int8; see StepContext. None for other pools.
     """
 
     pool: Any
     token_ids: Int[Array, " slots"]
     last_tokens: Int[Array, " seqs"]
+    kv_scales: Float[Array, "L 2 K"] | None = None
 
 
 def cache_shapes(
@@ -44,6 +46,7 @@ def cache_shapes(
     pages = _pool_shape(model, model.num_page_layers, limits.num_pages, limits.page_size, device)
     rings = _ring_shape(model, limits, device) if model.windows_by_slot else ()
     states = _state_shapes(model, limits.max_num_seqs, dtype)
+    scales = (model.num_page_layers, 2, model.num_key_value_heads)
 
     def make() -> KVCache:
         pool: Any = jnp.zeros(pages, kv_dtype)
@@ -55,6 +58,7 @@ def cache_shapes(
             pool=pool,
             token_ids=jnp.zeros(limits.num_pages * limits.page_size, jnp.int32),
             last_tokens=jnp.zeros(limits.max_num_seqs + 1, jnp.int32),
+            kv_scales=jnp.ones(scales, jnp.float32) if kv_dtype == jnp.int8 else None,
         )
 
     return jax.eval_shape(make)

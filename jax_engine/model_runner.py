@@ -30,6 +30,7 @@ from jax_engine.errors import ConfigError
 from jax_engine.features import SAMPLING, Feature
 from jax_engine.group import least
 from jax_engine.kv_cache import KVCache
+from jax_engine.kv_scales import find_scales
 from jax_engine.models import read_config
 from jax_engine.page_store import PageStore
 from jax_engine.program import PROMPT_BLOCK, ModelProgram, Part, chosen_quantization, largest_parts, nested
@@ -132,13 +133,14 @@ class ModelRunner:
         # A configuration that cannot work is told before weights are read.
         limits = resolve(config, self.model_config, platform=self.platform, num_pages=config.num_pages or 1)
         self.model_config = self.model_config.served(limits.max_model_len, limits.ring_pages > 0)
+        self._quantization = chosen_quantization(config.quantization, checkpoint)
         self._program = ModelProgram(
             self.model_config,
             config.dtype,
             devices,
             by_expert=config.enable_expert_parallel,
             kv_cache_dtype=config.kv_cache_dtype,
-            quantization=chosen_quantization(config.quantization, checkpoint),
+            quantization=self._quantization,
         )
         self.dtype = self._program.dtype
         self._replicated = self._program.replicated
@@ -153,7 +155,9 @@ class ModelRunner:
         num_pages = config.num_pages or self._num_pages_that_fit(config, devices)
         self.limits = resolve(config, self.model_config, platform=self.platform, num_pages=num_pages)
         self._check_pool()
-        self._cache = self._empty_cache()
+        self._cache = self._empty_cache(self._program.cache_shapes(self.limits))
+        if self._cache.kv_scales is not None:
+            self._cache = dataclasses.replace(self._cache, kv_scales=self._find_kv_scales(config))
         self._no_adjustments = {
             size: self._put(no_adjustments(size)) for size in {bucket.num_seqs for bucket in buckets(self.limits)}
         }
@@ -261,8 +265,17 @@ class ModelRunner:
         place = functools.partial(jax.make_array_from_callback, sharding=self._replicated)
         return jax.tree.map(lambda array: place(array.shape, data_callback=lambda index: array[index]), arrays)
 
-    def _empty_cache(self) -> KVCache:
-        shapes = self._program.cache_shapes(self.limits)
+    def _find_kv_scales(self, config: EngineConfig) -> Any:
+        program = ModelProgram(
+            self.model_config,
+            config.dtype,
+            list(self._program.mesh.devices.flat),
+            by_expert=config.enable_expert_parallel,
+            quantization=self._quantization,
+        )
+        return find_scales(program, self.limits, self.weights, self._put, self._empty_cache)
+
+    def _empty_cache(self, shapes: KVCache) -> KVCache:
         make = functools.partial(jax.tree.map, lambda shape: jnp.zeros(shape.shape, shape.dtype))
         return jax.jit(lambda: make(shapes), out_shardings=jax.tree.map(lambda shape: shape.sharding, shapes))()
 

@@ -9,6 +9,7 @@ follow. On the way in it cannot: XLA lets a transfer to the device begin when th
 memory may be theirs until then.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -96,7 +97,7 @@ def _write(num_pages: int, num_devices: int, here: Any, cache: KVCache, group: A
     """The cache with a group's pages written to `ids`; an id past the end is dropped."""
     both = zip(_by_page(cache, num_pages, num_devices), jax.device_put(group, here), strict=True)
     pool, token_ids = (whole.at[:, ids].set(part, mode="drop") for whole, part in both)
-    return KVCache(pool.reshape(cache.pool.shape), token_ids.reshape(-1), cache.last_tokens)
+    return dataclasses.replace(cache, pool=pool.reshape(cache.pool.shape), token_ids=token_ids.reshape(-1))
 
 
 def _by_page(cache: KVCache, num_pages: int, num_devices: int) -> tuple[Array, Array]:

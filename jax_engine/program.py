@@ -61,7 +61,8 @@ class ModelProgram:
 
     Args:
         dtype: of weights, activations and KV; `auto` for the device's own.
-        kv_cache_dtype: `auto`: keys and values are of dtype too. `fp8`: float8_e4m3fn.
+        kv_cache_dtype: `auto`: keys and values are of dtype too. `fp8`: float8_e4m3fn. `int8`: with scales, which
+            kv_scales.py finds.
         by_expert: experts lie whole on one of the devices each, rather than in parts on all.
         quantization: `int8` or `fp8`: factors of products are kept in so many bits. None: they are of `dtype`.
 
@@ -89,7 +90,12 @@ class ModelProgram:
         self._placed_config = with_kv_copies(model_config, len(devices))
         self.device = attention_op.Device(devices[0].platform, devices[0].device_kind)
         self.dtype = jnp.dtype(_dtype(dtype, self.device.platform))
-        self.kv_dtype = jnp.dtype(jnp.float8_e4m3fn) if kv_cache_dtype == "fp8" else self.dtype
+        self.kv_dtype = jnp.dtype(_KV_DTYPES.get(kv_cache_dtype, self.dtype))
+        if self.kv_dtype == jnp.int8 and (model_config.mla is not None or model_config.windows_by_slot):
+            raise ConfigError(
+                f"kv_cache_dtype int8 needs keys and values in pages; {model_config.architecture} keeps "
+                f"{'latent keys only' if model_config.mla else 'windows by slot (window_cache)'}; take auto or fp8"
+            )
         self._quantization = quantization
         self.mesh = make_mesh(devices)
         self.replicated = replicated(self.mesh)
@@ -224,6 +230,9 @@ class ModelProgram:
             return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self.replicated)
 
         return jax.tree.map(place, arrays)
+
+
+_KV_DTYPES = {"fp8": jnp.float8_e4m3fn, "int8": jnp.int8}
 
 
 def largest_parts(limits: Limits) -> tuple[Part, Part]:

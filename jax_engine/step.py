@@ -72,7 +72,14 @@ def compute(
     places = jnp.where(plan.slots >= 0, plan.slots, cache.token_ids.size)  # past the end: dropped
     token_ids = cache.token_ids.at[places].set(ids, mode="drop")
     context = StepContext(
-        plan, parts["slots"], query_starts, num_single, layout.bucket.decode_only, ring_plan, device.platform
+        plan,
+        parts["slots"],
+        query_starts,
+        num_single,
+        layout.bucket.decode_only,
+        ring_plan,
+        device.platform,
+        cache.kv_scales,
     )
     hidden, pool = model(ids, cache.pool, context)
 
@@ -84,7 +91,7 @@ def compute(
         last_hidden,
         None if layout.bucket.decode_only else hidden,
     )
-    return KVCache(pool, token_ids, cache.last_tokens), output
+    return replace(cache, pool=pool, token_ids=token_ids), output
 
 
 def choose_likeliest(

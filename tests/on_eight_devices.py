@@ -132,12 +132,13 @@ def test_weights_of_8_bits_are_split_and_restored_with_their_scales(tmp_path, fo
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.long)])
-def test_weights_and_cache_of_8_bits_give_what_one_device_gives(size):
+@pytest.mark.parametrize("cache", ["fp8", "int8"])
+def test_weights_and_cache_of_8_bits_give_what_one_device_gives(size, cache):
     params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, prompt_logprobs=0)
     prompts = np.load(GOLDEN / "llama" / "expected.npz")["tokens"].tolist()
     found = []
     for number in (1, size):
-        modes = Modes(tensor_parallel_size=number, quantization="int8", kv_cache_dtype="fp8", **ONE_BUCKET)
+        modes = Modes(tensor_parallel_size=number, quantization="int8", kv_cache_dtype=cache, **ONE_BUCKET)
         outputs = serve(modes.engine(), [(prompt, params) for prompt in prompts])
         pairs = [zip(o.prompt_logprobs[1:], o.prompt_token_ids[1:], strict=True) for o in outputs]
         found.append(np.array([[entry[token].logprob for entry, token in pair] for pair in pairs]))

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import (
+    fit,
     hf_static,
     idle,
     offline,
@@ -204,3 +205,16 @@ def test_bundles_of_the_walk_are_told_from_those_of_its_inner_loops():
 def test_gaps_are_where_nothing_ran() -> None:
     assert idle.gaps([(0, 10), (5, 20), (6, 8), (30, 40), (40, 41)]) == [10]
     assert idle.gaps([]) == []
+
+
+def test_fit_records_a_refusal_and_what_was_asked(tmp_path: Path) -> None:
+    out = tmp_path / "fit.json"
+    asked = ["--model=llama-3.1-8b", "--load_format=dummy", "--target=v9:1x1"]
+    assert fit.main(["fit", f"--out={out}", *asked]) == 0
+    result = json.loads(out.read_text())
+    assert "target 'v9:1x1' cannot be compiled for" in result["refused"] and "compiled" not in result
+    assert all(flag in result["command"] for flag in asked)
+    with pytest.raises(UsageError, match=r"--out=FILE\.json is missing"):
+        fit.main(["fit", *asked])
+    assert fit.main(["fit", f"--out={tmp_path / 'no.json'}", "--no_such_flag=1"]) == 2
+    assert not (tmp_path / "no.json").exists()

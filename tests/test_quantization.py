@@ -63,6 +63,13 @@ def all_fp8(make_modes):
     )
 
 
+@pytest.fixture(scope="module")
+def all_int8(make_modes):
+    return make_modes(
+        quantization="int8", kv_cache_dtype="int8", deterministic=True, token_buckets=(24,), swap_space_gib=0.01
+    )
+
+
 @pytest.mark.parametrize("format", ["int8", "fp8"])
 def test_factors_of_products_are_quantised_and_nothing_else(format):
     want, got = parameters(TINY / "gpt_oss", None), parameters(TINY / "gpt_oss", format)
@@ -135,7 +142,7 @@ def test_the_engine_computes_what_its_weights_stand_for(int8, one_bucket, monkey
     assert unquantised.prompt_logprobs != want.prompt_logprobs  # else nothing was shown
 
 
-@pytest.mark.parametrize("modes", ["int8", "all_fp8"])
+@pytest.mark.parametrize("modes", ["int8", "all_fp8", "all_int8"])
 def test_async_is_sync_bit_for_bit(modes, request):
     modes = request.getfixturevalue(modes)
     requests = random_requests(31, 24)
@@ -145,13 +152,15 @@ def test_async_is_sync_bit_for_bit(modes, request):
 
 
 @pytest.mark.parametrize("costs", [SWAP, RECOMPUTE], ids=["swap", "recompute"])
-def test_a_cache_of_8_bits_comes_back_bit_for_bit(all_fp8, costs):
+@pytest.mark.parametrize("format", ["fp8", "int8"])
+def test_a_cache_of_8_bits_comes_back_bit_for_bit(format, costs, request):
     """Swapped, computed again, or found by a shared beginning."""
-    assert all_fp8.runner._cache.pool.dtype == jnp.float8_e4m3fn
+    modes = request.getfixturevalue(f"all_{format}")
+    assert modes.runner._cache.pool.dtype == {"fp8": jnp.float8_e4m3fn, "int8": jnp.int8}[format]
     requests = long_requests(33, 12)
-    want, none = serve_preempting(all_fp8.engine("sync", enable_prefix_caching=False), requests)
+    want, none = serve_preempting(modes.engine("sync", enable_prefix_caching=False), requests)
     assert not none
-    got, preemptions = serve_preempting(all_fp8.engine("async", 2, num_pages=20, **costs), requests, random.Random(34))
+    got, preemptions = serve_preempting(modes.engine("async", 2, num_pages=20, **costs), requests, random.Random(34))
     assert {preemption.way for preemption in preemptions} == {"swap" if costs is SWAP else "recompute"}
     assert got == want
 
@@ -170,9 +179,32 @@ def test_a_cache_of_8_bits_has_twice_the_pages():
     assert free // sizes[1] > 1.99 * (free // sizes[0])
 
 
+def test_the_scales_of_an_int8_cache_leave_room_and_waste_little(make_modes):
+    """Heads differ in size; each has its own scale, and the cache answers almost as an unquantised one."""
+    modes, plain = make_modes(kv_cache_dtype="int8"), make_modes()
+    scales = np.asarray(jax.device_get(modes.runner._cache.kv_scales))
+    assert len(np.unique(scales)) == scales.size and (scales > 1e-6).all()
+    again = make_modes(kv_cache_dtype="int8")
+    np.testing.assert_array_equal(jax.device_get(again.runner._cache.kv_scales), scales)
+    chance = random.Random(0)
+    requests = [([chance.randrange(256) for _ in range(60)], SCORED) for _ in range(4)]
+    errors = []
+    for got, want in zip(serve(modes.engine(), requests), serve(plain.engine(), requests), strict=True):
+        pairs = zip(got.prompt_logprobs[1:], want.prompt_logprobs[1:], got.prompt_token_ids[1:], strict=True)
+        errors += [abs(ours[token].logprob - theirs[token].logprob) for ours, theirs, token in pairs]
+    assert 0 < np.mean(errors) < 0.05
+    written = np.abs(np.asarray(jax.device_get(modes.runner._cache.pool)).astype(int))
+    assert 32 < written.max() <= 127 and (written == 127).mean() < 1e-3
+
+
+def test_a_cache_of_int8_needs_keys_and_values_in_pages(make_modes):
+    with pytest.raises(ConfigError, match=r"kv_cache_dtype int8.*latent keys only.*take auto or fp8"):
+        _ = make_modes(model=str(TINY / "deepseek_v3"), kv_cache_dtype="int8").runner
+
+
 @pytest.mark.parametrize("name", ["quantization", "kv_cache_dtype"])
 def test_an_unknown_format_is_refused(name):
-    with pytest.raises(ConfigError, match=f"{name} must be one of auto,.* fp8; got 'int3'"):
+    with pytest.raises(ConfigError, match=f"{name} must be one of auto,.*fp8.*; got 'int3'"):
         EngineConfig(**{name: "int3"})
 
 

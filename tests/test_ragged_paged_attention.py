@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.ragged_paged_attention import Ragged, plan, pool_shape, ragged_paged_attention, reference, write_kv
+from pallas_kernels.ragged_paged_attention.api import largest_values
 from pallas_kernels.ragged_paged_attention.cases import MIXES, SHAPES, Inputs, Mix, make_inputs
 
 LAYER = 1
@@ -17,7 +18,7 @@ LAYER = 1
 @functools.partial(jax.jit, static_argnames=("num_pages", "page_size", "scale", "sliding_window", "logits_soft_cap"))
 def _step(q, k, v, pool, ragged, layer, *, num_pages, page_size, scale, **options):
     shared = plan(ragged, num_tokens=q.shape[0], num_pages=num_pages, page_size=page_size)
-    pool = write_kv(pool, k, v, shared, layer)
+    pool = write_kv(pool, k, v, shared, layer, kv_scales=options.get("kv_scales"))
     return ragged_paged_attention(q, pool, shared, layer, scale=scale, **options), pool
 
 
@@ -72,6 +73,46 @@ def test_what_8_bits_cannot_hold_becomes_their_largest_number():
     _check(inputs)
     _, pool = _run(inputs)
     assert np.nanmin(np.asarray(pool, np.float32)) == -448
+
+
+def _with_int8_pool(inputs: Inputs) -> tuple[Inputs, np.ndarray]:
+    """The inputs with a pool of int8, and its scales [2, K]; what was NaN becomes the largest number."""
+    heads = inputs.k.shape[1]
+    scales = np.linspace(0.02, 0.05, 2 * heads, dtype=np.float32).reshape(2, heads)
+    units = np.asarray(inputs.pool, np.float32) / scales.T[None, :, :, None, None]
+    return dataclasses.replace(
+        inputs, pool=jnp.asarray(np.nan_to_num(units, nan=127).clip(-127, 127), jnp.int8)
+    ), scales
+
+
+def _as_it_was(pool: jax.Array, scales: np.ndarray) -> np.ndarray:
+    return np.asarray(pool, np.float32) * scales.T[None, :, :, None, None]
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_a_pool_of_int8_has_scales_by_head(mix):
+    inputs, scales = _with_int8_pool(make_inputs(SHAPES["mha"], MIXES[mix]))
+    out, pool = _run(inputs, kv_scales=jnp.asarray(scales))
+    before = dataclasses.replace(inputs, pool=_as_it_was(inputs.pool, scales))
+    wanted_pool = reference.write_kv(before.pool, inputs.k, inputs.v, inputs.ragged, LAYER, inputs.num_pages)
+    room = 127 * scales.T[None, :, :, None, None]
+    error = np.abs(_as_it_was(pool, scales) - np.clip(wanted_pool, -room, room)) / scales.T[None, :, :, None, None]
+    assert error.max() < 0.501  # of a unit
+    scale = inputs.q.shape[-1] ** -0.5
+    wanted = reference.ragged_paged_attention(
+        inputs.q, _as_it_was(pool, scales), inputs.ragged, LAYER, inputs.num_pages, scale=scale
+    )
+    assert np.abs(np.asarray(out) - wanted).max(initial=0) < 1e-5
+
+
+def test_the_largest_values_of_a_pool():
+    pool = np.zeros((6, 2, 2, 4, 8), np.float32)  # two layers of three pages, two kv heads
+    pool[1, 0, 0, 2, 3], pool[2, 0, 0, 0, 0], pool[4, 1, 1, 3, 7] = -5, 2, 3
+    wanted = np.zeros((2, 2, 2), np.float32)
+    wanted[0, 0, 0], wanted[1, 1, 1] = 5, 3
+    np.testing.assert_array_equal(largest_values(jnp.asarray(pool), 3), wanted)
+    side_by_side = np.concatenate([pool[:, :, :1], pool[:, :, 1:]], axis=-1)  # as tpu.py has heads of 64
+    np.testing.assert_array_equal(largest_values(jnp.asarray(side_by_side), 3), wanted)
 
 
 @pytest.mark.parametrize(

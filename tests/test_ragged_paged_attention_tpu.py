@@ -68,7 +68,7 @@ def run(inputs: Inputs, page_size: int = PAGE_SIZE, decode_only: bool = False, d
             device=CHIP,
             implementation="tpu",
         )
-        pool = write_kv(pool, k, v, shared, jnp.int32(LAYER))
+        pool = write_kv(pool, k, v, shared, jnp.int32(LAYER), kv_scales=options.get("kv_scales"))
         return ragged_paged_attention(q, pool, shared, jnp.int32(LAYER), **options), pool
 
     pltpu.reset_tpu_interpret_mode_state()
@@ -124,6 +124,28 @@ def test_page_sizes(page_size):
 def test_a_pool_of_8_bits(mix, page_size):
     inputs = make_inputs(SHAPES["tiny"], MIXES[mix], page_size=page_size)
     check(dataclasses.replace(inputs, pool=inputs.pool.astype(jnp.float8_e4m3fn)), page_size)
+
+
+def test_a_pool_of_int8():
+    """Against the same pool in float32, whose numbers are those of int8."""
+    inputs = make_inputs(SHAPES["tiny"], MIXES["chunked"], page_size=64)
+    units = np.nan_to_num(np.asarray(inputs.pool) * 30, nan=127).astype(np.int8)
+    scales = jnp.asarray([[1 / 30, 1 / 20], [1 / 30, 1 / 40]])
+    out, pool = run(dataclasses.replace(inputs, pool=units), 64, kv_scales=scales)
+    wide = dataclasses.replace(
+        inputs,
+        pool=units.astype(np.float32),
+        k=jnp.round(inputs.k / scales[0][:, None]).clip(-127, 127),
+        v=jnp.round(inputs.v / scales[1][:, None]).clip(-127, 127),
+        q=inputs.q * jnp.repeat(scales[0], 2)[:, None],
+    )
+    wanted_pool = reference.write_kv(wide.pool, wide.k, wide.v, inputs.ragged, LAYER, inputs.num_pages)
+    np.testing.assert_array_equal(pool, wanted_pool)
+    wanted = reference.ragged_paged_attention(
+        wide.q, wanted_pool, inputs.ragged, LAYER, inputs.num_pages, scale=inputs.q.shape[-1] ** -0.5
+    )
+    wanted *= np.repeat(np.asarray(scales[1]), 2)[:, None]
+    assert np.abs(out - wanted).max() < 1e-5 * np.abs(wanted).max()
 
 
 OPTIONS = {

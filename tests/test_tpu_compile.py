@@ -81,8 +81,9 @@ def test_every_option_compiles(chip):
 
 @pytest.mark.parametrize("chip", [chip if chip == "v6e:1x1" else pytest.param(chip, marks=long) for chip in CHIPS])
 @pytest.mark.parametrize("decode_only", [True, pytest.param(False, marks=long)], ids=["decode", "mixed"])
-def test_a_pool_of_8_bits_compiles(chip, decode_only):
-    check_op(chip, SHAPES["llama-8b"], 64, 64, decode_only, pool_dtype=jnp.float8_e4m3fn)
+@pytest.mark.parametrize("pool_dtype", [jnp.int8, jnp.float8_e4m3fn])
+def test_a_pool_of_8_bits_compiles(chip, pool_dtype, decode_only):
+    check_op(chip, SHAPES["llama-8b"], 64, 64, decode_only, pool_dtype=pool_dtype)
 
 
 @long
@@ -117,8 +118,9 @@ def made(target: str, model: ModelConfig, num_devices: int = 1, **options) -> tu
     """The model on the first devices of a target, with a pool of some pages."""
     config = EngineConfig(load_format="dummy", max_model_len=4096, max_num_seqs=64, **options)
     limits = resolve(config, model, platform="tpu", num_pages=8192)
-    quantization = None if config.quantization == "auto" else config.quantization
-    return ModelProgram(model, "auto", open_target(target).devices[:num_devices], quantization=quantization), limits
+    form = {"quantization": None if config.quantization == "auto" else config.quantization}
+    form["kv_cache_dtype"] = config.kv_cache_dtype
+    return ModelProgram(model, "auto", open_target(target).devices[:num_devices], **form), limits
 
 
 def check_step(program: ModelProgram, bucket: Bucket, limits: Limits) -> compile_target.StepReport:
@@ -131,23 +133,27 @@ def check_step(program: ModelProgram, bucket: Bucket, limits: Limits) -> compile
     return report
 
 
-#: What an 8B model is served on: a target, and the format of its weights.
-SERVED_8B = [("v5e:1x1", "int8"), ("v6e:1x1", "auto"), ("tpu7x:1x1x1", "auto")]
+#: What an 8B model is served on: a target, and how weights and cache are kept.
+SERVED_8B = [
+    ("v5e:1x1", {"quantization": "int8", "kv_cache_dtype": "int8"}),
+    ("v6e:1x1", {}),
+    ("tpu7x:1x1x1", {}),
+]
 
 
-@pytest.mark.parametrize(("target", "quantization"), SERVED_8B)
-def test_both_kinds_of_steps_of_an_8b_model_compile_in_place(target, quantization):
+@pytest.mark.parametrize(("target", "form"), SERVED_8B)
+def test_both_kinds_of_steps_of_an_8b_model_compile_in_place(target, form):
     """Two layers, for the others are of the same programs; few tokens, for the sampler takes most of a minute."""
     sizes = {"decode_buckets": (64,), "token_buckets": (256,)}
-    program, limits = made(target, cut(LLAMA_8B, 2, vocab_size=4096), quantization=quantization, **sizes)
+    program, limits = made(target, cut(LLAMA_8B, 2, vocab_size=4096), **form, **sizes)
     for bucket in buckets(limits):
         assert not check_step(program, bucket, limits).collectives
 
 
 @long
-@pytest.mark.parametrize(("target", "quantization"), [*SERVED_8B, ("v5p:1x1x1", "auto")])
-def test_every_step_of_an_8b_model_compiles_in_place(target, quantization):
-    program, limits = made(target, cut(LLAMA_8B, 2), quantization=quantization)
+@pytest.mark.parametrize(("target", "form"), [*SERVED_8B, ("v5p:1x1x1", {})])
+def test_every_step_of_an_8b_model_compiles_in_place(target, form):
+    program, limits = made(target, cut(LLAMA_8B, 2), **form)
     for bucket in buckets(limits):
         check_step(program, bucket, limits)
 

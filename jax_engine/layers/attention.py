@@ -91,7 +91,8 @@ class Attention(nnx.Module):
         if self.layer.rope is not None:
             rotation = context.rotations[self.layer.rope]
             q, k = rotate(q, *rotation), rotate(k, *rotation)
-        pool = attention_op.write_kv(pool, k, v, plan, place)
+        kv_scales = None if context.kv_scales is None else context.kv_scales[place]
+        pool = attention_op.write_kv(pool, k, v, plan, place, kv_scales=kv_scales)
         attended = attention_op.ragged_paged_attention(
             q,
             pool,
@@ -101,6 +102,7 @@ class Attention(nnx.Module):
             sliding_window=self.layer.sliding_window,
             logits_soft_cap=self.soft_cap,
             sinks=small(self.sinks).reshape(-1) if hasattr(self, "sinks") else None,
+            kv_scales=kv_scales,
         )
         if self.gated:
             attended = attended * jax.nn.sigmoid(gate)

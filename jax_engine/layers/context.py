@@ -21,6 +21,8 @@ class StepContext:
         decode_only: there are no other rows, and no code for them.
         platform: of the devices that the step is for: `cpu`, `gpu` or `tpu`.
         ring_plan: the same work over the rings of layers with windows; None where these layers' keys are in pages.
+        kv_scales: [L, 2, K] float32, what one unit of an integer pool's numbers is worth, for each layer of the pool,
+            keys and values, and kv head; None for other pools.
         rotations: cosine and sine of every position's angles, one pair for each of ModelConfig.ropes.
     """
 
@@ -31,4 +33,5 @@ class StepContext:
     decode_only: bool = field(metadata={"static": True})
     ring_plan: Plan | None = None
     platform: str = field(default="cpu", metadata={"static": True})
+    kv_scales: Array | None = None
     rotations: tuple[tuple[Array, Array], ...] = ()

@@ -161,18 +161,46 @@ def write_kv(
     v: Float[Array, "T K H"] | None,
     plan: Plan,
     layer: Int32[Array, ""],
+    *,
+    kv_scales: Float[Array, "2 K"] | None = None,
 ) -> Float[Array, "..."]:
     """Writes each real token's key and value at its place in `layer`; in place when the pool is donated.
 
     k and v are rounded to the pool's dtype, and what is past the largest number of an 8-bit one becomes that number.
     Padding tokens write nothing. v is None where the pool has keys only.
+
+    Args:
+        kv_scales: float32, what one unit of the pool's numbers is worth, for each kv head's keys and values; 1 if None.
     """
+    if kv_scales is not None:
+        assert v is not None, "a pool of keys only has no scales"
+        k, v = (x.astype(jnp.float32) / scales[:, None] for x, scales in zip((k, v), kv_scales, strict=True))
     if pool.dtype.itemsize == 1:
-        # Its type has no infinity: what does not fit would become NaN, and spoil its sequence.
-        largest = float(jnp.finfo(pool.dtype).max)
-        k = jnp.clip(k, -largest, largest)
-        v = None if v is None else jnp.clip(v, -largest, largest)
+        # Its type has no infinity: what does not fit would become NaN, or wrap around, and spoil its sequence.
+        k = _rounded(k, pool.dtype)
+        v = None if v is None else _rounded(v, pool.dtype)
     return _IMPLEMENTATIONS[plan.implementation].write_kv(pool, k, v, plan.slots, plan.work, layer * plan.num_pages)
+
+
+def _rounded(x: Array, dtype: jnp.dtype) -> Array:
+    if jnp.issubdtype(dtype, jnp.integer):
+        largest = jnp.iinfo(dtype).max
+        return jnp.clip(jnp.round(x), -largest, largest)
+    largest = float(jnp.finfo(dtype).max)
+    return jnp.clip(x, -largest, largest)
+
+
+def largest_values(pool: Float[Array, "..."], num_pages: int) -> Float[Array, "L 2 K"]:
+    """The largest absolute value of each layer's and kv head's keys and values, of a pool that began as zeros.
+
+    Args:
+        num_pages: pages per layer.
+    """
+    layers = pool.shape[0] // num_pages
+    if pool.shape[2] == 1:  # tpu.py keeps small heads' keys and values side by side
+        pool = jnp.concatenate(jnp.split(pool, 2, axis=-1), axis=2)
+    by_page = jnp.abs(pool.astype(jnp.float32)).max(axis=(3, 4))
+    return by_page.reshape(layers, num_pages, *by_page.shape[1:]).max(axis=1).swapaxes(1, 2)
 
 
 def ragged_paged_attention(
@@ -186,12 +214,13 @@ def ragged_paged_attention(
     logits_soft_cap: float | None = None,
     sinks: Float[Array, "N"] | None = None,
     value_dim: int | None = None,
+    kv_scales: Float[Array, "2 K"] | None = None,
 ) -> Float[Array, "T N V"]:
     """Causal attention: the token at position p sees its row's positions 0..p, as the pool holds them.
 
-    Softmax and sums are float32 whatever the dtype of q and pool. The pool's is q's, or float8_e4m3fn, whose numbers
-    become q's where they are read, exactly. Query head n reads kv head n // (N // K). Slots nobody has written may hold
-    anything, NaN included. On one shape a row's result does not depend on the other rows.
+    Softmax and sums are float32 whatever the dtype of q and pool. The pool's is q's, or float8_e4m3fn or int8, whose
+    numbers become q's where they are read, exactly. Query head n reads kv head n // (N // K). Slots nobody has written
+    may hold anything, NaN included. On one shape a row's result does not depend on the other rows.
 
     Args:
         scale: factor of the scores, usually H ** -0.5.
@@ -199,6 +228,8 @@ def ragged_paged_attention(
         logits_soft_cap: c in c * tanh(score / c), applied after `scale`.
         sinks: logits that take part in each head's softmax and carry no value.
         value_dim: where the pool has keys only: how many leading dimensions of a key are its value.
+        kv_scales: those that the pool was written with. They leave the products: keys' are put on the queries, values'
+            on the result, so that kernels need not know of them.
 
     Returns:
         [T, N, V] of q's dtype, V the size of a value, usually H; padding tokens are zero.
@@ -206,4 +237,10 @@ def ragged_paged_attention(
     if q.shape[1] % pool.shape[1]:
         raise ValueError(f"query heads ({q.shape[1]}) must be a multiple of kv heads ({pool.shape[1]})")
     options = Options(scale, sliding_window, logits_soft_cap, sinks, value_dim)
-    return _IMPLEMENTATIONS[plan.implementation].attend(q, pool, plan.work, layer * plan.num_pages, options)
+    attend = _IMPLEMENTATIONS[plan.implementation].attend
+    if kv_scales is None:
+        return attend(q, pool, plan.work, layer * plan.num_pages, options)
+    of_keys, of_values = jnp.repeat(kv_scales, q.shape[1] // pool.shape[1], axis=1)[:, :, None]
+    scaled = (q.astype(jnp.float32) * of_keys).astype(q.dtype)
+    attended = attend(scaled, pool, plan.work, layer * plan.num_pages, options)
+    return (attended.astype(jnp.float32) * of_values).astype(q.dtype)
