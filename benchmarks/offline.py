@@ -73,7 +73,7 @@ class Job:
         work = work or self.work
         prompts = work.prompts(llm.vocab_size, self.prompt_seed)
         params = self.params(work)
-        llm.metrics.reset()
+        llm.reset_metrics()
         start = time.perf_counter()
         outputs = llm.generate(prompts, params, use_tqdm=False, cache_salt=uuid.uuid4().hex)
         wall = time.perf_counter() - start

@@ -23,7 +23,7 @@ from jax_engine.engine import Engine
 from jax_engine.models.shapes import NAMED_SHAPES
 from jax_engine.request import Request
 from jax_engine.sampling_params import RequestOutputKind
-from jax_engine.start import start_engine
+from jax_engine.start import start_engines
 from jax_engine.testing.byte_tokenizer import ByteTokenizer
 from serving import flags
 from serving.commands import common
@@ -147,7 +147,7 @@ def main(argv: Sequence[str]) -> int:
     tokenizer = None
     if config.model in NAMED_SHAPES:
         tokenizer = MadeUpTokenizer(NAMED_SHAPES[config.model]["vocab_size"])
-    engine = start_engine(config, tokenizer)
+    (engine,) = start_engines(config, tokenizer)
     job = Job(**{field.name: options[field.name] for field in dataclasses.fields(Job)})
     runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in MODES}
     for mode in MODES:

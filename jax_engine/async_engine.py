@@ -1,36 +1,38 @@
-"""AsyncEngine: the engine in a thread of its own, for asyncio callers.
+"""AsyncEngine: one engine or several replicas of it, each in a thread of its own, for asyncio callers.
 
-Requests reach the thread through an inbox; outputs come back with one wake-up of the event loop per step. The thread
-sleeps on the inbox when there is no work.
+Takes requests in, chooses a replica for each, and stands before all of them as if they were one.
 """
 
 import asyncio
 import functools
-import logging
-import queue
-import threading
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence as AbstractSequence
-from typing import Any
+from collections.abc import AsyncIterator, Mapping, Sequence as AbstractSequence
+from typing import Any, NamedTuple
 
 import jax
 
 from jax_engine.config import EngineConfig, Limits
 from jax_engine.engine import Engine
+from jax_engine.engine_thread import EngineThread, send
 from jax_engine.engine_view import EngineView, look
 from jax_engine.errors import EngineError, EngineStopped, InvalidRequest, QueueFull
 from jax_engine.metrics import Gauges, Metrics
 from jax_engine.output_stream import OutputSink, OutputStream
 from jax_engine.request import Request, RequestOutput
+from jax_engine.router import Router
 from jax_engine.sampling_params import SamplingParams, embedding_params
-from jax_engine.start import start_engine
-from jax_engine.timeline import Timeline
+from jax_engine.start import start_engines
 from jax_engine.tokenizer import Tokenizer
-
-_log = logging.getLogger(__name__)
 
 #: Prompts longer than this are tokenized off the event loop, as grammars are compiled.
 _LONG_PROMPT_CHARS = 4096
+
+
+class _Placed(NamedTuple):
+    """A request, and the replica that has it."""
+
+    replica: int
+    request: Request
 
 
 class AsyncEngine:
@@ -38,27 +40,32 @@ class AsyncEngine:
 
     Args:
         config: the operator's choices.
-        engine: one that exists already, in place of one built from the config.
+        engines: those that exist already, in place of ones built from the config: all alike, sharing a queue.
+
+    Attributes:
+        replicas: the engines, each run by its own thread.
 
     Raises:
         ConfigError, CheckpointError: the model cannot be served.
     """
 
-    def __init__(self, config: EngineConfig, engine: Engine | None = None):
+    def __init__(self, config: EngineConfig, *engines: Engine):
         self.config = config
-        self._engine = start_engine(config) if engine is None else engine
-        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._streams: dict[str, OutputSink] = {}
-        self._open: set[OutputSink] = set()  # all that are read, also those whose request has not reached the thread
+        self.replicas = list(engines) or start_engines(config)
+        self._engine = self.replicas[0]  # for what they have alike
+        self._router = Router(len(self.replicas), self._engine.limits)
+        self._open: dict[OutputSink, _Placed | None] = {}  # all that are read; None: its request is being made
+        self._ids: dict[str, OutputSink] = {}
         self._draining = False
         self._stopped = False
-        self._turn_started: float | None = None
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
+        self._threads: list[EngineThread] = []
+        for number, engine in enumerate(self.replicas):
+            ended = functools.partial(self._thread_ended, number)
+            self._threads.append(EngineThread(engine, f"engine {number}" if number else "engine", ended))
 
     @property
     def limits(self) -> Limits:
-        """The sizes in force."""
+        """The sizes in force, of each replica."""
         return self._engine.limits
 
     @property
@@ -83,37 +90,27 @@ class AsyncEngine:
 
     @property
     def metrics(self) -> Metrics:
-        """Counters."""
-        return self._engine.metrics
+        """Counters; those of several replicas added up as they are now."""
+        return Metrics.total([engine.metrics for engine in self.replicas])
 
     @property
     def gauges(self) -> Gauges:
         """What the engine holds now."""
-        return self._engine.gauges
-
-    def page_references(self) -> list[int]:
-        """How many sequences hold each KV page; -1 for one that is kept in the prefix cache alone."""
-        return self._engine.scheduler.pool.references()
-
-    @property
-    def timeline(self) -> Timeline:
-        """What host and device did lately."""
-        return self._engine.timeline
+        return Gauges.total([engine.gauges for engine in self.replicas])
 
     @property
     def is_alive(self) -> bool:
-        """Whether the engine's thread runs and `fail` has not been called."""
-        return self._thread.is_alive() and not self._stopped
+        """Whether all threads run and `fail` has not been called."""
+        return not self._stopped and all(thread.is_alive for thread in self._threads)
 
     @property
     def turn_seconds(self) -> float:
-        """How long the engine's thread has been in the present turn of its loop; 0 while it waits for requests.
+        """How long a thread has been in the present turn of its loop, the longest of all; 0 while all wait for work.
 
         A turn dispatches one step and waits for one, so a figure far above a step's time means that the device or a
         thread hangs.
         """
-        started = self._turn_started
-        return 0.0 if started is None else self._engine.clock() - started
+        return max(thread.turn_seconds for thread in self._threads)
 
     @property
     def num_requests(self) -> int:
@@ -175,28 +172,40 @@ class AsyncEngine:
         """
         if self._draining or not self.is_alive:
             raise EngineStopped("the engine takes no more requests")
-        if len(self._open) >= self.config.max_queued_requests + self.limits.max_num_seqs:
-            # The engine's thread counts exactly; this spares it, and the tokenizer, what cannot fit.
+        if sink.request_id in self._ids:
+            raise InvalidRequest(f"request id {sink.request_id!r} is in use", "request_id")
+        if len(self._open) >= self.config.max_queued_requests + self.limits.max_num_seqs * len(self.replicas):
+            # The queue counts exactly; this spares the threads, and the tokenizer, what cannot fit.
             problem = f"{len(self._open)} requests run or wait; try again later"
             raise QueueFull(problem, self._engine.queue.retry_after())
-        self._open.add(sink)
+        self._open[sink] = None
+        self._ids[sink.request_id] = sink
         make = functools.partial(self._engine.make_request, sink.request_id, prompt, sampling_params, priority)
         long = isinstance(prompt, str) and len(prompt) > _LONG_PROMPT_CHARS
         in_thread = long or sampling_params.structured_outputs is not None
         request = await asyncio.to_thread(make, embed=embed, **who) if in_thread else make(embed=embed, **who)
         if self._stopped:
             raise EngineStopped("the engine has stopped")
-        self._inbox.put(lambda: self._add(request, sink))
+        if sink not in self._open:
+            return  # its reader left while the request was made
+        # Seeds come in the order of the requests, so that they do not depend on the replica.
+        placed = self._open[sink] = _Placed(self._router.choose(request), request)
+        self._threads[placed.replica].submit(request, self._engine.draw_seed(request), sink)
 
     def close(self, sink: OutputSink, *, aborts: bool = True) -> None:
         """Nobody waits for a sink's outputs any more; aborts: its request has not ended."""
-        self._open.discard(sink)
-        if aborts:
-            self._inbox.put(lambda: self._abort(sink.request_id, sink))
+        placed = self._open.pop(sink, None)
+        if self._ids.get(sink.request_id) is sink:
+            del self._ids[sink.request_id]
+        if placed is not None:
+            self._router.release(*placed)
+            if aborts:
+                self._threads[placed.replica].abort(sink.request_id, reader_gone=sink)
 
     async def stop(self, request_id: str, index: int, stop_string: str) -> None:
         """Ends a completion in whose text the reader has found a stop string."""
-        self._inbox.put(lambda: self._stop(request_id, index, stop_string))
+        if (thread := self._thread_of(request_id)) is not None:
+            thread.stop_at(request_id, index, stop_string)
 
     async def view(self, seconds: float = 0.0) -> EngineView:
         """What the engine shows of itself, with what happened in the last `seconds`."""
@@ -216,7 +225,14 @@ class AsyncEngine:
 
     async def abort(self, request_id: str) -> None:
         """Ends a request; its reader gets a last output with finish_reason `abort`."""
-        self._inbox.put(lambda: self._abort(request_id, None))
+        if (thread := self._thread_of(request_id)) is not None:
+            thread.abort(request_id)
+
+    def _thread_of(self, request_id: str) -> EngineThread | None:
+        """The thread that has the request, if there is one."""
+        sink = self._ids.get(request_id)
+        placed = None if sink is None else self._open[sink]
+        return None if placed is None else self._threads[placed.replica]
 
     async def start_profile(self, folder: str) -> None:
         """Lets jax record host and device into a folder, for TensorBoard or Perfetto; slows steps down.
@@ -242,7 +258,8 @@ class AsyncEngine:
 
     async def reset_prefix_cache(self) -> None:
         """Forgets what the KV pages hold, so that no later request uses them again; running requests keep theirs."""
-        self._inbox.put(self._engine.reset_prefix_cache)
+        for thread in self._threads:
+            thread.reset_prefix_cache()
 
     async def drain(self, timeout_s: float) -> None:
         """Takes no more requests, and waits for those that run, but at most `timeout_s` seconds."""
@@ -252,105 +269,27 @@ class AsyncEngine:
             await asyncio.sleep(0.02)
 
     def shutdown(self) -> None:
-        """Stops the thread; iterators that are still read raise EngineStopped. Calling it twice changes nothing."""
+        """Stops the threads; iterators that are still read raise EngineStopped. Calling it twice changes nothing."""
         self._draining = True
-        self._inbox.put(None)
-        self._thread.join()
-
-    def _run(self) -> None:
-        try:
-            while self._take_inbox():
-                self._turn_started = self._engine.clock()
-                for request_id, error in self._engine.refuse_expired():
-                    self._deliver([(request_id, error)])
-                    self._streams.pop(request_id, None)
-                outputs = self._engine.step()
-                self._turn_started = None
-                if outputs:
-                    self._deliver([(output.request_id, output) for output in outputs])
-                    for output in outputs:
-                        if output.finished:
-                            self._streams.pop(output.request_id, None)
-        except BaseException:
-            _log.exception("the engine has died")
-        finally:
-            self._turn_started = None
-            self._engine.step_log.close()
-            self._stop_streams()
+        for thread in self._threads:
+            thread.end()
+        for thread in self._threads:
+            thread.join()
 
     def fail(self) -> None:
         """Gives the engine up, from another thread, because its own hangs: every iterator raises EngineStopped, and no
-        request is taken any more. The thread is left alone; the process should end."""
-        self._stop_streams()
+        request is taken any more. The threads are left alone; the process should end."""
+        self._stop_streams("the engine has stopped")
 
-    def _stop_streams(self) -> None:
+    def _thread_ended(self, replica: int, died: bool) -> None:
+        """In a replica's thread: without it, requests that are sent to it would wait for ever, so all end."""
+        several = died and len(self.replicas) > 1
+        self._stop_streams(f"replica {replica} of the engine has died" if several else "the engine has stopped")
+        if several:
+            for thread in self._threads:
+                thread.end()
+
+    def _stop_streams(self, reason: str) -> None:
         self._draining = self._stopped = True
-        stopped = EngineStopped("the engine has stopped")
-        for stream in list(self._open):
-            self._send(stream.loop, [(stream, stopped)])
-
-    def _take_inbox(self) -> bool:
-        """Carries out what has come in; waits for it if there is no other work. False means: stop."""
-        wait = not self._engine.has_work
-        started = self._engine.clock() if wait else 0.0
-        try:
-            while True:
-                command = self._inbox.get(block=wait)
-                if wait:
-                    ended = self._engine.clock()
-                    self._engine.metrics.add_no_work(ended - started)
-                    self._engine.timeline.add_phase("no_work", started, ended)
-                    wait = False
-                if command is None:
-                    return False
-                command()
-        except queue.Empty:
-            return True
-
-    def _add(self, request: Request, stream: OutputSink) -> None:
-        try:
-            self._engine.submit(request, bounded=True)
-        except EngineError as error:
-            self._send(stream.loop, [(stream, error)])
-        else:
-            self._streams[request.request_id] = stream
-
-    def _abort(self, request_id: str, reader_gone: OutputSink | None) -> None:
-        """Aborts a request; `reader_gone` is set when nobody reads its stream any more."""
-        stream = self._streams.get(request_id)
-        if stream is None or (reader_gone is not None and reader_gone is not stream):
-            return
-        output = self._engine.abort(request_id)
-        if output is not None and reader_gone is None:
-            self._deliver([(request_id, output)])
-        del self._streams[request_id]
-
-    def _stop(self, request_id: str, index: int, stop_string: str) -> None:
-        output = self._engine.stop(request_id, index, stop_string)
-        if output is not None:
-            self._deliver([(request_id, output)])
-            if output.finished:
-                self._streams.pop(request_id, None)
-
-    def _deliver(self, outputs: list[tuple[str, RequestOutput | EngineError]]) -> None:
-        """Hands outputs to their streams, with one wake-up of each event loop."""
-        by_loop: dict[asyncio.AbstractEventLoop, list] = {}
-        for request_id, output in outputs:
-            stream = self._streams.get(request_id)
-            if stream is not None:
-                by_loop.setdefault(stream.loop, []).append((stream, output))
-        for loop, entries in by_loop.items():
-            self._send(loop, entries)
-
-    def _send(
-        self, loop: asyncio.AbstractEventLoop, entries: list[tuple[OutputSink, RequestOutput | EngineError]]
-    ) -> None:
-        try:
-            loop.call_soon_threadsafe(self._put, entries)
-        except RuntimeError:
-            _log.debug("a caller's event loop is closed; its outputs are dropped")
-
-    def _put(self, entries: list[tuple[OutputSink, RequestOutput | EngineError]]) -> None:
-        """In the readers' event loop: hands over outputs."""
-        for sink, output in entries:
-            sink.put(output)
+        stopped = EngineStopped(reason)
+        send([(sink, stopped) for sink in list(self._open)])

@@ -50,6 +50,7 @@ class EngineConfig:
         "auto", "Sampling of requests that do not say: auto: as the model's generation_config. engine: unchanged."
     )
     tensor_parallel_size: int = _option(1, "Devices that hold the model between them.")
+    data_parallel_size: int = _option(1, "Replicas of the model, each on as many devices, behind one queue.")
     enable_expert_parallel: bool = _option(
         False, "Keep each expert of a mixture whole on one of these devices, rather than a part of it on each."
     )
@@ -62,7 +63,7 @@ class EngineConfig:
     max_num_seqs: int | None = _option(None, "Most sequences in one step. Default: 32 on CPU, else 256.")
     max_num_batched_tokens: int | None = _option(None, "Token budget of one step. Default: 512 on CPU, else 8192.")
     page_size: int | None = _option(None, "Tokens in one KV page; a power of two. Default: 16 on a CPU, else 64.")
-    num_pages: int | None = _option(None, "KV pages in the pool. Default: as many as fit into free memory.")
+    num_pages: int | None = _option(None, "KV pages of each replica. Default: as many as fit into free memory.")
     window_cache: str = _option(
         "pages", "Layers with sliding windows keep all in pages, or by slot only what the window holds (slots)."
     )
@@ -122,6 +123,7 @@ class EngineConfig:
         self._check_choice("generation_config", GENERATION_CONFIGS)
         for name in (
             "tensor_parallel_size",
+            "data_parallel_size",
             "num_processes",
             "max_model_len",
             "max_num_seqs",
@@ -180,6 +182,11 @@ class EngineConfig:
             raise ConfigError(
                 f"num_processes {self.num_processes} needs coordinator_address=host:port of process 0; "
                 f"got {self.coordinator_address!r}"
+            )
+        if self.num_processes > 1 and self.data_parallel_size > 1:
+            raise ConfigError(
+                f"data_parallel_size {self.data_parallel_size} is for one process, which has all replicas; "
+                f"num_processes is {self.num_processes}: start a group for each replica, with a proxy before them"
             )
 
     def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:

@@ -72,6 +72,7 @@ class Engine:
         step_log: where steps are written down; by default in memory only.
         builder: makes what the runner is given; by default batches.
         sampling_defaults: what the model says of sampling, for callers to offer; requests come complete.
+        queue: shared with the other replicas of the model; by default its own.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Engine:
         step_log: StepLog | None = None,
         builder: Builder | None = None,
         sampling_defaults: Mapping[str, Any] | None = None,
+        queue: RequestQueue | None = None,
     ):
         self.limits = runner.limits
         self.make_request = Intake(runner.limits, tokenizer, vocab_size, eos_token_ids, clock).make_request
@@ -94,7 +96,7 @@ class Engine:
         self.eos_token_ids = frozenset(eos_token_ids)
         self.sampling_defaults = dict(sampling_defaults or {})
         self.scheduler = Scheduler(runner.limits, config.policy)
-        self.queue = RequestQueue(config)
+        self.queue = RequestQueue(config) if queue is None else queue
         self.metrics = Metrics(clock)
         self.step_log = StepLog() if step_log is None else step_log
         self.timeline = Timeline()
@@ -131,11 +133,25 @@ class Engine:
             num_pages=pool.num_pages,
         )
 
-    def submit(self, request: Request, *, bounded: bool = False) -> None:
+    def page_references(self) -> list[int]:
+        """How many sequences hold each KV page; -1 for one that is kept in the prefix cache alone."""
+        return self.scheduler.pool.references()
+
+    def draw_seed(self, request: Request) -> int:
+        """The seed of the request's first sequence: its own, or the next of this engine's."""
+        params = request.sampling_params
+        if params.seed is not None:
+            return params.seed
+        seed = self._seed + self._num_seeds * _SEED_STRIDE
+        self._num_seeds += params.n
+        return seed
+
+    def submit(self, request: Request, *, bounded: bool = False, seed: int | None = None) -> None:
         """Puts a request in line.
 
         Args:
             bounded: keep to the bounds of the queue.
+            seed: of its first sequence, where one engine draws for all replicas; by default drawn here.
 
         Raises:
             InvalidRequest: its id is in use.
@@ -143,13 +159,9 @@ class Engine:
         """
         if request.request_id in self._states:
             raise InvalidRequest(f"request id {request.request_id!r} is in use", "request_id")
-        if bounded:
-            self.queue.check(request)
+        self.queue.join(request, self.clock(), bounded=bounded)
         params = request.sampling_params
-        seed = params.seed
-        if seed is None:
-            seed = self._seed + self._num_seeds * _SEED_STRIDE
-            self._num_seeds += params.n
+        seed = self.draw_seed(request) if seed is None else seed
         stops = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self.eos_token_ids)
         limit = self.limits.max_model_len
         if params.max_tokens is not None:
@@ -162,13 +174,13 @@ class Engine:
             self._grammars.add(sequence)
         self.step_log.added(request, sequences)
         self._states[request.request_id] = OutputState(request, sequences, self.tokenizer)
-        self.queue.join(request, self.clock())
 
     def refuse_expired(self) -> list[tuple[str, QueueFull]]:
         """Ends the requests that have waited too long for their first step, and says what to tell their callers."""
         refused = []
         for request_id in self.queue.expired(self.clock()):
-            self.abort(request_id)
+            if self.abort(request_id) is None:
+                continue  # another replica's
             problem = f"the request waited {self.queue.timeout_s:g} s without being served; try again later"
             refused.append((request_id, QueueFull(problem, max(1.0, self.queue.retry_after()))))
         return refused

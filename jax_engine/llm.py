@@ -1,17 +1,21 @@
 """LLM: the offline facade. Prompts in, outputs out, in order."""
 
 import dataclasses
+import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, cast
 
 from tqdm import tqdm
 
 from jax_engine.config import EngineConfig, Limits
+from jax_engine.engine import Engine
 from jax_engine.errors import InvalidRequest
 from jax_engine.metrics import Metrics
 from jax_engine.request import RequestOutput
+from jax_engine.router import Router
 from jax_engine.sampling_params import RequestOutputKind, SamplingParams
-from jax_engine.start import start_engine
+from jax_engine.start import start_engines
 from jax_engine.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -30,7 +34,9 @@ class LLM:
 
     def __init__(self, model: str = EngineConfig.model, **options: Any):
         self.config = EngineConfig(model=model, **options)
-        self._engine = start_engine(self.config)
+        self._engines = start_engines(self.config)
+        self._engine = self._engines[0]  # for what they have alike
+        self._router = Router(len(self._engines), self.limits)
         self._num_requests = 0
 
     @property
@@ -40,7 +46,7 @@ class LLM:
 
     @property
     def limits(self) -> Limits:
-        """The sizes in force."""
+        """The sizes in force, of each replica."""
         return self._engine.limits
 
     @property
@@ -50,8 +56,13 @@ class LLM:
 
     @property
     def metrics(self) -> Metrics:
-        """Counters of the engine."""
-        return self._engine.metrics
+        """Counters of the engine; those of several replicas added up as they are now."""
+        return Metrics.total([engine.metrics for engine in self._engines])
+
+    def reset_metrics(self) -> None:
+        """Starts counting anew."""
+        for engine in self._engines:
+            engine.metrics.reset()
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What `generate` uses when it is given none: the model's generation_config, over our defaults."""
@@ -103,13 +114,16 @@ class LLM:
             request = self._engine.make_request(request_id, prompt, own, embed=embed, cache_salt=cache_salt)  # type: ignore[arg-type]
             requests.append(request)
             self._num_requests += 1
-        for request in requests:
-            self._engine.submit(request)
+        placed = [(self._router.choose(request), request) for request in requests]
         try:
+            for replica, request in placed:
+                # Seeds come in the order of the requests, so that they do not depend on the replica.
+                self._engines[replica].submit(request, seed=self._engine.draw_seed(request))
             outputs = self._run(len(requests), use_tqdm)
         finally:
-            for request in requests:  # only on an error or Ctrl-C is anything left to abort
-                self._engine.abort(request.request_id)
+            for replica, request in placed:
+                self._router.release(replica, request)
+                self._engines[replica].abort(request.request_id)  # on an error or Ctrl-C something is left to abort
         return [outputs[request.request_id] for request in requests]
 
     def chat(
@@ -155,9 +169,22 @@ class LLM:
 
     def _run(self, num_requests: int, use_tqdm: bool) -> dict[str, RequestOutput]:
         outputs: dict[str, RequestOutput] = {}
+        ended = threading.Event()
         with tqdm(total=num_requests, desc="requests", disable=not use_tqdm) as progress:
-            while self._engine.has_work:
-                for output in self._engine.step():
-                    outputs[output.request_id] = output
-                    progress.update()
+
+            def run(engine: Engine) -> None:
+                while engine.has_work and not ended.is_set():
+                    for output in engine.step():
+                        outputs[output.request_id] = output
+                        progress.update()
+
+            if len(self._engines) == 1:
+                run(self._engine)
+                return outputs
+            with ThreadPoolExecutor(len(self._engines)) as threads:
+                try:
+                    for running in as_completed([threads.submit(run, engine) for engine in self._engines]):
+                        running.result()
+                finally:
+                    ended.set()  # after an error or Ctrl-C the others do not go on
         return outputs

@@ -1,5 +1,5 @@
-"""Counters of one engine: where the host's time goes, when the device stands idle and why, what is padding, and how
-long requests wait.
+"""Counters of one engine, or of all replicas: where the host's time goes, when the device stands idle and why, what is
+padding, and how long requests wait.
 
 The engine writes them from its thread; anybody may read a snapshot. No clock of its own: times come in.
 """
@@ -8,7 +8,7 @@ import time
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from jax_engine.buckets import Bucket
@@ -41,6 +41,11 @@ class Histogram:
         """Counts one value."""
         self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
+
+    def add(self, other: "Histogram") -> None:
+        """Counts what another of equal bounds has counted."""
+        self.counts = [own + its for own, its in zip(self.counts, other.counts, strict=True)]
+        self.total += other.total
 
     @property
     def count(self) -> int:
@@ -75,6 +80,11 @@ class Gauges:
     used_pages: int
     num_pages: int
 
+    @classmethod
+    def total(cls, parts: Sequence["Gauges"]) -> "Gauges":
+        """What several replicas hold between them."""
+        return cls(**{field.name: sum(getattr(part, field.name) for part in parts) for field in fields(cls)})
+
 
 class Metrics:
     """Sums since the last `reset`.
@@ -103,6 +113,29 @@ class Metrics:
         #: output_tokens of finished requests.
         self.histograms = _histograms()
         self._since = self._clock()
+
+    @classmethod
+    def total(cls, parts: Sequence["Metrics"]) -> "Metrics":
+        """What several replicas have counted by now, added up; of one, the one itself.
+
+        Idle time is their mean, so that it stays a share of the time that has passed.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        total = cls(parts[0]._clock)
+        total._since = min(part._since for part in parts)
+        for part in parts:
+            total.compiles_after_ready += part.compiles_after_ready
+            total.preemptions += part.preemptions
+            for name in ("steps", "tokens", "preemptions_by_way", "requests"):
+                getattr(total, name).update(dict(getattr(part, name)))  # a copy: its engine goes on
+            for phase, seconds in list(part.host_seconds.items()):
+                total.host_seconds[phase] += seconds
+            for cause, seconds in list(part.device_idle_seconds.items()):
+                total.device_idle_seconds[cause] += seconds / len(parts)
+            for name, histogram in part.histograms.items():
+                total.histograms[name].add(histogram)
+        return total
 
     def now(self) -> float:
         """The engine's clock, in seconds."""

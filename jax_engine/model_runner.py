@@ -114,12 +114,15 @@ class _PromptScores(NamedTuple):
 class ModelRunner:
     """A model on its device, with its cache and its compiled steps.
 
+    Args:
+        replica: which of config.data_parallel_size; each has devices of its own.
+
     Raises:
         ConfigError: the model or the configuration cannot be run.
         CheckpointError: the weights are incomplete or damaged.
     """
 
-    def __init__(self, config: EngineConfig, checkpoint: Checkpoint):
+    def __init__(self, config: EngineConfig, checkpoint: Checkpoint, replica: int = 0):
         cache_dir = config.compilation_cache_dir
         if cache_dir != "":
             _use_compilation_cache(
@@ -127,7 +130,7 @@ class ModelRunner:
             )
         set_xla_flags()
         self.model_config = read_config(checkpoint.config)
-        devices = choose_devices(jax.devices(), config.tensor_parallel_size)
+        devices = choose_devices(jax.devices(), config.tensor_parallel_size, config.data_parallel_size)[replica]
         self.platform = devices[0].platform
         self.device_kind = devices[0].device_kind
         # A configuration that cannot work is told before weights are read.
@@ -285,7 +288,7 @@ class ModelRunner:
         useful = limits.max_num_seqs * limits.max_pages_per_seq
         if self.platform == "cpu":
             available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-            free = min(available // 4, _MAX_CPU_POOL_BYTES) // len(devices)
+            free = min(available // 4, _MAX_CPU_POOL_BYTES) // (len(devices) * config.data_parallel_size)
         else:
             own = [device for device in devices if device.process_index == jax.process_index()]
             free = min(_free_bytes(device, config.gpu_memory_utilization) for device in own)

@@ -36,8 +36,8 @@ RULES: dict[str | None, str | None] = {
 BY_EXPERT = {"expert": TENSOR, "expert_mlp": None}
 
 
-def choose_devices(devices: Sequence[Any], size: int) -> list[Any]:
-    """The first `size` devices.
+def choose_devices(devices: Sequence[Any], size: int, replicas: int = 1) -> list[list[Any]]:
+    """The first devices, `size` for each replica.
 
     Raises:
         ConfigError: there are not so many, or some of them belong to processes that would have none.
@@ -47,11 +47,10 @@ def choose_devices(devices: Sequence[Any], size: int) -> list[Any]:
         raise ConfigError(
             f"tensor_parallel_size must be {len(devices)}, all devices of the {num_processes} processes; got {size}"
         )
-    if size > len(devices):
-        raise ConfigError(
-            f"tensor_parallel_size {size} needs as many devices; {len(devices)} found ({devices[0].platform})"
-        )
-    return list(devices[:size])
+    if size * replicas > len(devices):
+        asked = f"tensor_parallel_size {size}" + (f" times data_parallel_size {replicas}" if replicas > 1 else "")
+        raise ConfigError(f"{asked} needs as many devices; {len(devices)} found ({devices[0].platform})")
+    return [list(devices[start : start + size]) for start in range(0, size * replicas, size)]
 
 
 def make_mesh(devices: Sequence[Any]) -> Mesh:

@@ -3,6 +3,8 @@
 import gc
 import logging
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,14 +17,15 @@ from jax_engine.errors import ConfigError
 from jax_engine.group import Follower, LeadingRunner, join
 from jax_engine.model_runner import ModelRunner, count_compilations
 from jax_engine.models.shapes import NAMED_SHAPES
+from jax_engine.request_queue import RequestQueue
 from jax_engine.step_log import Header, StepLog
 from jax_engine.tokenizer import Tokenizer, load_tokenizer
 
 _log = logging.getLogger(__name__)
 
 
-def start_engine(config: EngineConfig, tokenizer: Tokenizer | None = None) -> Engine:
-    """Builds an engine; blocks until every step is compiled.
+def start_engines(config: EngineConfig, tokenizer: Tokenizer | None = None) -> list[Engine]:
+    """Builds an engine for each replica; blocks until every step is compiled.
 
     In a process that follows another, blocks until that one ends, and then ends this one too.
 
@@ -37,15 +40,62 @@ def start_engine(config: EngineConfig, tokenizer: Tokenizer | None = None) -> En
     started = time.monotonic()
     group = join(config) if config.num_processes > 1 else None
     checkpoint = open_model(config)
-    runner = ModelRunner(config, checkpoint)
+    first = ModelRunner(config, checkpoint)
     if isinstance(group, Follower):
         _log.info("process %d follows", config.process_id)
-        group.run(runner)
+        group.run(first)
         raise SystemExit(0)
+    _describe(config, first)
+    runners = [first, *_other_runners(config, checkpoint, first.limits.num_pages)]
+    tokenizer, queue = tokenizer or load_tokenizer(checkpoint), RequestQueue(config)
+    defaults = sampling_defaults.read(checkpoint.generation_config) if config.generation_config == "auto" else None
+    engines = [
+        Engine(
+            runner if group is None else LeadingRunner(runner, group),
+            tokenizer,
+            vocab_size=runner.model_config.vocab_size,
+            eos_token_ids=checkpoint.eos_token_ids or (tokenizer.eos_token_ids if tokenizer else ()),
+            config=config,
+            step_log=_step_log(config, runner, number),
+            sampling_defaults=defaults,
+            queue=queue,
+        )
+        for number, runner in enumerate(runners)
+    ]
+    count_compilations(engines[0].metrics.add_compilation)
+    # What has been made by now lives as long as the process; without this, each full collection walks all of it.
+    gc.collect()
+    gc.freeze()
+    _log.info("engine ready in %.1f s", time.monotonic() - started)
+    return engines
+
+
+def _other_runners(config: EngineConfig, checkpoint: Checkpoint, num_pages: int) -> list[ModelRunner]:
+    """The replicas after the first, all at the same time.
+
+    Of as many pages, so that their steps are those that the first has left in the cache of compiled ones.
+    """
+    others = range(1, config.data_parallel_size)
+    if not others:
+        return []
+    alike = replace(config, num_pages=num_pages)
+    with ThreadPoolExecutor(len(others)) as threads:
+        return list(threads.map(lambda number: ModelRunner(alike, checkpoint, number), others))
+
+
+def _step_log(config: EngineConfig, runner: ModelRunner, number: int) -> StepLog:
+    path = config.step_log
+    if path is not None and config.data_parallel_size > 1:  # a file for each replica
+        path = str(Path(path).with_suffix(f".{number}{Path(path).suffix}"))
+    return StepLog(header=log_header(config, runner), path=path, max_bytes=config.step_log_max_mib << 20)
+
+
+def _describe(config: EngineConfig, runner: ModelRunner) -> None:
     limits = runner.limits
     tokens = limits.num_pages * limits.page_size
     _log.info(
-        "%s on %s (%s), %s, weights %.2f GiB",
+        "%d replica(s) of %s on %s (%s), %s, weights %.2f GiB",
+        config.data_parallel_size,
         config.model,
         runner.device_kind,
         runner.platform,
@@ -53,31 +103,13 @@ def start_engine(config: EngineConfig, tokenizer: Tokenizer | None = None) -> En
         runner.weight_bytes / 2**30,
     )
     _log.info(
-        "KV pool: %d pages of %d tokens = %d tokens, %.1f sequences of the full %d",
+        "KV pool of each: %d pages of %d tokens = %d tokens, %.1f sequences of the full %d",
         limits.num_pages,
         limits.page_size,
         tokens,
         tokens / limits.max_model_len,
         limits.max_model_len,
     )
-    step_log = StepLog(header=log_header(config, runner), path=config.step_log, max_bytes=config.step_log_max_mib << 20)
-    engine = Engine(
-        runner if group is None else LeadingRunner(runner, group),
-        tokenizer or load_tokenizer(checkpoint),
-        vocab_size=runner.model_config.vocab_size,
-        eos_token_ids=checkpoint.eos_token_ids or (tokenizer.eos_token_ids if tokenizer else ()),
-        config=config,
-        step_log=step_log,
-        sampling_defaults=(
-            sampling_defaults.read(checkpoint.generation_config) if config.generation_config == "auto" else None
-        ),
-    )
-    count_compilations(engine.metrics.add_compilation)
-    # What has been made by now lives as long as the process; without this, each full collection walks all of it.
-    gc.collect()
-    gc.freeze()
-    _log.info("engine ready in %.1f s", time.monotonic() - started)
-    return engine
 
 
 def log_header(config: EngineConfig, runner: ModelRunner) -> Header:

@@ -126,6 +126,6 @@ async def end(engine: "AsyncEngine", options: ServerOptions) -> None:
     if options.trace_file is not None:
         view = await engine.view(math.inf)
         try:
-            write_trace(options.trace_file, view.host, view.steps)
+            write_trace(options.trace_file, view.replicas)
         except OSError as error:
             log.error("trace_file cannot be written: %s", error)

@@ -6,7 +6,7 @@ summed by prometheus_client through the files that it keeps for each of them. Na
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -16,6 +16,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from jax_engine.engine_view import EngineView
+from jax_engine.metrics import Gauges
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 #: Names the folder where processes that serve together keep their numbers; prometheus_client reads it too.
@@ -84,6 +85,9 @@ class _EngineCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         snapshot, gauges = self._view.figures, self._view.gauges
         yield from _ours(snapshot, gauges, _Families("jax_engine_", {"model": self._model}))
+        if len(self._view.replicas) > 1:
+            replicas = [replica.gauges for replica in self._view.replicas]
+            yield from _by_replica(replicas, _Families("jax_engine_replica_", {"model": self._model}))
         if self._vllm_names:
             yield from _vllms(snapshot, gauges, _Families("vllm:", {"model_name": self._model, "engine": "0"}))
 
@@ -106,6 +110,12 @@ class _Families:
 
     def counters(self, name: str, help: str, label: str, values: Mapping[str, float]) -> Metric:
         family = CounterMetricFamily(self._prefix + name, help, labels=[*self._names, label])
+        for key, value in values.items():
+            family.add_metric([*self._values, key], value)
+        return family
+
+    def gauges(self, name: str, help: str, label: str, values: Mapping[str, float]) -> Metric:
+        family = GaugeMetricFamily(self._prefix + name, help, labels=[*self._names, label])
         for key, value in values.items():
             family.add_metric([*self._values, key], value)
         return family
@@ -152,6 +162,17 @@ def _ours(snapshot: Mapping[str, Any], gauges: Any, make: _Families) -> Iterator
     )
     for name, (key, help, _) in _HISTOGRAMS.items():
         yield make.histogram(name, help, snapshot["histograms"][key])
+
+
+def _by_replica(replicas: Sequence[Gauges], make: _Families) -> Iterator[Metric]:
+    for name, field, help in (
+        ("requests_running", "running", "Sequences that hold a slot, by replica."),
+        ("requests_waiting", "waiting", "Sequences in line at the replica."),
+        ("kv_pages_used", "used_pages", "KV pages that somebody holds, by replica."),
+        ("inflight_steps", "inflight_steps", "Steps dispatched and not read back, by replica."),
+    ):
+        values = {str(number): getattr(gauges, field) for number, gauges in enumerate(replicas)}
+        yield make.gauges(name, help, "replica", values)
 
 
 def _vllms(snapshot: Mapping[str, Any], gauges: Any, make: _Families) -> Iterator[Metric]:

@@ -35,12 +35,13 @@ from starlette.requests import Request  # pyright: ignore[reportMissingImports]
 from starlette.responses import Response, StreamingResponse  # pyright: ignore[reportMissingImports]
 
 from jax_engine import ConfigError
+from jax_engine.affinity import PrefixAffinity
 from serving import flags, front
-from serving.affinity import PrefixAffinity, prefix_digests
 from serving.app import AppSettings, create_app
 from serving.commands import common
 from serving.errors import ApiError
 from serving.options import ServerOptions, admin_keys, api_keys
+from serving.prefix_digests import prefix_digests
 from serving.relay import EngineLost, Forwarded, Head, relay, whole_events
 from serving.state import STATE
 from serving.watchdog import dump_stacks, watch
@@ -243,7 +244,7 @@ class PrefixRouter(RequestRouter):
 
     def initialize_state(self, **_: Any) -> None:
         """Called once."""
-        self._affinity = PrefixAffinity()
+        self._affinity = PrefixAffinity[str]()
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None

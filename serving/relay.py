@@ -30,7 +30,7 @@ class EngineLost(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Forwarded:
-    """A request on its way to an engine. `digests`: see affinity.prefix_digests."""
+    """A request on its way to an engine. `digests`: see prefix_digests.prefix_digests."""
 
     method: str
     path: str

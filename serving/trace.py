@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from jax_engine.engine_view import ReplicaView
 from jax_engine.timeline import HostSpan, StepSpan
 
-_PROCESS, _HOST, _DEVICE = 1, 1, 2
+_HOST, _DEVICE = 1, 2
 
 
 class IdleSpan(NamedTuple):
@@ -45,34 +46,42 @@ def idle_spans(host: Sequence[HostSpan], steps: Sequence[StepSpan]) -> list[Idle
     return found
 
 
-def chrome_trace(host: Sequence[HostSpan], steps: Sequence[StepSpan]) -> dict[str, Any]:
-    """The spans as a trace: a row for the engine's thread, a row for the device, counters. See idle_spans."""
-    events: list[dict[str, Any]] = [
-        {"ph": "M", "pid": _PROCESS, "name": "process_name", "args": {"name": "jax-engine"}},
-        {"ph": "M", "pid": _PROCESS, "tid": _HOST, "name": "thread_name", "args": {"name": "engine thread"}},
-        {"ph": "M", "pid": _PROCESS, "tid": _DEVICE, "name": "thread_name", "args": {"name": "device"}},
-    ]
-    events += [_slice(_HOST, span.phase, span.start, span.end) for span in host]
-    events += [_slice(_DEVICE, f"idle: {idle.cause}", idle.start, idle.end) for idle in idle_spans(host, steps)]
-    for step in steps:
-        events.append(_slice(_DEVICE, f"step {step.number}", step.start, step.ready, step._asdict()))
-        for name in ("running", "waiting", "used_pages"):
-            value = {name: getattr(step, name)}
-            events.append({"ph": "C", "pid": _PROCESS, "name": name, "ts": _us(step.dispatched), "args": value})
+def chrome_trace(replicas: Sequence[ReplicaView]) -> dict[str, Any]:
+    """The spans as a trace: for each replica a row for its thread, a row for its device, counters. See idle_spans."""
+    events = [event for number, replica in enumerate(replicas) for event in _events(number, replica)]
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
-def write_trace(path: str, host: Sequence[HostSpan], steps: Sequence[StepSpan]) -> None:
+def _events(number: int, replica: ReplicaView) -> list[dict[str, Any]]:
+    process = number + 1
+    name = f"jax-engine, replica {number}" if number else "jax-engine"
+    events: list[dict[str, Any]] = [
+        {"ph": "M", "name": "process_name", "args": {"name": name}},
+        {"ph": "M", "tid": _HOST, "name": "thread_name", "args": {"name": "engine thread"}},
+        {"ph": "M", "tid": _DEVICE, "name": "thread_name", "args": {"name": "device"}},
+    ]
+    events += [_slice(_HOST, span.phase, span.start, span.end) for span in replica.host]
+    idle = idle_spans(replica.host, replica.steps)
+    events += [_slice(_DEVICE, f"idle: {span.cause}", span.start, span.end) for span in idle]
+    for step in replica.steps:
+        events.append(_slice(_DEVICE, f"step {step.number}", step.start, step.ready, step._asdict()))
+        for gauge in ("running", "waiting", "used_pages"):
+            value = {gauge: getattr(step, gauge)}
+            events.append({"ph": "C", "name": gauge, "ts": _us(step.dispatched), "args": value})
+    return [event | {"pid": process} for event in events]
+
+
+def write_trace(path: str, replicas: Sequence[ReplicaView]) -> None:
     """Writes a trace file.
 
     Raises:
         OSError: it cannot be written.
     """
-    Path(path).write_bytes(msgspec.json.encode(chrome_trace(host, steps)))
+    Path(path).write_bytes(msgspec.json.encode(chrome_trace(replicas)))
 
 
 def _slice(row: int, name: str, start: float, end: float, args: dict[str, Any] | None = None) -> dict[str, Any]:
-    event = {"ph": "X", "pid": _PROCESS, "tid": row, "name": name, "ts": _us(start), "dur": _us(end) - _us(start)}
+    event = {"ph": "X", "tid": row, "name": name, "ts": _us(start), "dur": _us(end) - _us(start)}
     return event if args is None else event | {"args": args}
 
 

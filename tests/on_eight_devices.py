@@ -1,5 +1,6 @@
 """Tests that need several devices. test_parallel.py runs this file in a process that has eight simulated ones."""
 
+import dataclasses
 import random
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from checkpoints import orbax_io
 from checkpoints.formats import open_checkpoint
 from checkpoints.loader import dummy, load
 from jax_engine.convert import convert
+from jax_engine.llm import LLM
 from jax_engine.models import read_config
 from jax_engine.program import ModelProgram
 from jax_engine.sampling_params import SamplingParams
@@ -173,3 +175,22 @@ def test_an_orbax_folder_is_restored_to_any_number_of_devices(two, tmp_path, siz
     copy = Modes(model=str(tmp_path / "copy"), tensor_parallel_size=size, **ONE_BUCKET)
     assert [output.outputs[0].token_ids for output in serve(copy.engine(), requests)] == want
     assert copy.runner.weights["embed"]["weight"].sharding.num_devices == size
+
+
+def test_two_replicas_of_two_devices_give_what_one_device_gives(tmp_path):
+    """Greedy and seeded, with and without seeds of their own; each replica writes its own step log."""
+    one = Modes(**ONE_BUCKET)
+    prompts, params = zip(*random_requests(25, 24), strict=True)
+    params = [dataclasses.replace(p, detokenize=False, stop=None, logprobs=None, prompt_logprobs=None) for p in params]
+    want = serve(one.engine(), list(zip(prompts, params, strict=True)))
+    options = {field.name: getattr(one.config, field.name) for field in dataclasses.fields(one.config)}
+    options |= {"tensor_parallel_size": 2, "data_parallel_size": 2, "step_log": str(tmp_path / "steps.jsonl")}
+    llm = LLM(**options)
+    places = [engine._runner.weights["embed"]["weight"].sharding.device_set for engine in llm._engines]
+    assert len(places[0] | places[1]) == 4 and [len(place) for place in places] == [2, 2]
+    got = llm.generate(list(prompts), params, use_tqdm=False)
+    assert [o.outputs[0].token_ids for o in got] == [o.outputs[0].token_ids for o in want]
+    assert min(engine.metrics.tokens["generated"] for engine in llm._engines) > 0
+    assert llm.metrics.tokens["generated"] == sum(len(c.token_ids) for o in got for c in o.outputs)
+    assert llm.metrics.compiles_after_ready == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"steps.0.jsonl", "steps.1.jsonl"}

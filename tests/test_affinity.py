@@ -5,7 +5,8 @@ from collections import Counter
 
 import pytest
 
-from serving.affinity import PrefixAffinity, prefix_digests
+from jax_engine.affinity import PrefixAffinity
+from serving.prefix_digests import prefix_digests
 
 SYSTEM = {"role": "system", "content": "You are a patient teacher of physics. " * 20}
 

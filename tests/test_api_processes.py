@@ -170,7 +170,12 @@ async def test_readers_that_leave_and_slots_that_are_given_back():
         waiting.cancel()
         await until(lambda: not link._slots)
         view = await remote.view(60.0)
-        assert view.num_requests == 0 and view.host and view.steps and len(view.pages) == 64
+        assert (
+            view.num_requests == 0
+            and view.replicas[0].host
+            and view.replicas[0].steps
+            and len(view.replicas[0].pages) == 64
+        )
         assert view.figures["requests_finished"] == {"abort": 1}
 
 

@@ -40,7 +40,7 @@ class FakeLLM:
         config = EngineConfig(**options)
         runner = FakeRunner(resolve(config, MODEL, platform="cpu", num_pages=64), MODEL.vocab_size)
         self._engine = Engine(runner, None, vocab_size=MODEL.vocab_size, eos_token_ids=(), config=config)
-        self.metrics = self._engine.metrics
+        self.metrics, self.reset_metrics = self._engine.metrics, self._engine.metrics.reset
         self.limits, self.vocab_size = self._engine.limits, self._engine.vocab_size
 
     def generate(

@@ -29,18 +29,19 @@ def make_llm(runner, monkeypatch):
     """LLMs over one set of compiled steps."""
     checkpoint, limits = open_checkpoint(MODEL), runner.limits
 
-    def start(config: EngineConfig) -> Engine:
+    def start(config: EngineConfig) -> list[Engine]:
         depth = config.max_inflight_steps if config.scheduling == "async" else 1
         runner.limits = dataclasses.replace(limits, scheduling=config.scheduling, max_inflight_steps=depth)
-        return Engine(
+        engine = Engine(
             runner,
             load_tokenizer(checkpoint),
             vocab_size=runner.model_config.vocab_size,
             eos_token_ids=checkpoint.eos_token_ids,
             config=config,
         )
+        return [engine]
 
-    monkeypatch.setattr("jax_engine.llm.start_engine", start)
+    monkeypatch.setattr("jax_engine.llm.start_engines", start)
     yield lambda scheduling: LLM(MODEL, scheduling=scheduling, **OPTIONS)
     runner.limits = limits
 

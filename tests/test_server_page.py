@@ -3,6 +3,7 @@
 import json
 import re
 
+from jax_engine.engine_view import ReplicaView
 from jax_engine.testing.fake_engine import FakeAsyncEngine
 from jax_engine.timeline import HostSpan, StepSpan
 from serving.trace import IdleSpan, chrome_trace, idle_spans, write_trace
@@ -11,6 +12,10 @@ from tests.test_server_errors import client_of, error_of
 
 def step(number, start, ready):
     return StepSpan(number, start, start, ready, 3, 4, 2, 2, 2, 1, 5)
+
+
+def replica(host, steps):
+    return ReplicaView(gauges=FakeAsyncEngine().gauges, host=host, steps=steps, inflight=[], pages=[])
 
 
 HOST = [HostSpan("schedule", 1.0, 2.0), HostSpan("build", 2.0, 4.0), HostSpan("no_work", 4.0, 9.0)]
@@ -27,7 +32,7 @@ def test_idle_time_is_cut_where_the_host_goes_on():
 
 
 def test_the_trace_is_what_perfetto_reads(tmp_path):
-    write_trace(str(tmp_path / "trace.json"), HOST, [step(0, 0.0, 1.5), step(1, 3.0, 3.5)])
+    write_trace(str(tmp_path / "trace.json"), [replica(HOST, [step(0, 0.0, 1.5), step(1, 3.0, 3.5)])])
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     rows = {event["args"]["name"]: event["tid"] for event in events if event["name"] == "thread_name"}
     slices = [event for event in events if event["ph"] == "X"]
@@ -35,7 +40,8 @@ def test_the_trace_is_what_perfetto_reads(tmp_path):
     device = [(e["name"], e["ts"], e["dur"]) for e in slices if e["tid"] == rows["device"]]
     assert ("step 1", 3e6, 0.5e6) in device and ("idle: build", 2e6, 1e6) in device
     assert {e["name"] for e in events if e["ph"] == "C"} == {"running", "waiting", "used_pages"}
-    assert chrome_trace([], [])["traceEvents"]
+    events = chrome_trace([replica([], []), replica(HOST, [])])["traceEvents"]
+    assert {event["pid"] for event in events} == {1, 2}, "a process for each replica"
 
 
 def engine_with_spans():
@@ -56,6 +62,8 @@ async def test_the_engines_view_holds_the_last_seconds_only():
         assert len((await trace.json())["traceEvents"]) == 3 + 2 + 4
         for seconds in ("0", "11", "x", "nan", "-1"):
             assert (await error_of(await client.get(f"/debug/engine?seconds={seconds}"), 400))["param"] == "seconds"
+        for replica in ("1", "-1", "x"):
+            assert (await error_of(await client.get(f"/debug/engine?replica={replica}"), 400))["param"] == "replica"
     assert [span[0] for span in view["host"]] == ["build"]
     assert [(s["num_tokens"], s["batched_tokens"], s["used_pages"]) for s in view["steps"]] == [(3, 4, 5)]
     assert view["pages"]["per_cell"] == 1 and len(view["pages"]["cells"]) == view["gauges"]["num_pages"]

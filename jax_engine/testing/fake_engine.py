@@ -108,8 +108,13 @@ class FakeAsyncEngine:
             num_pages=limits.num_pages,
         )
 
+    @property
+    def replicas(self) -> list["FakeAsyncEngine"]:
+        """See AsyncEngine.replicas; there is one."""
+        return [self]
+
     def page_references(self) -> list[int]:
-        """See AsyncEngine.page_references."""
+        """See Engine.page_references."""
         gauges = self.gauges
         return [int(page < gauges.used_pages) for page in range(gauges.num_pages)]
 

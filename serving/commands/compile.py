@@ -45,7 +45,7 @@ def run(argv: Sequence[str]) -> int:
 
     target = targets.open_target(name)
     if flag_values["tensor_parallel_size"].present:
-        devices = choose_devices(target.devices, config.tensor_parallel_size)
+        devices = choose_devices(target.devices, config.tensor_parallel_size)[0]
         target = dataclasses.replace(target, devices=devices)
     program, fit = compile_target.fit(config, read_config(open_model(config).config), target)
     reports = compile_target.compile_parts(program, fit.limits)

@@ -36,7 +36,10 @@ def add_routes(router: web.UrlDispatcher) -> None:
 
 
 async def engine(request: web.Request) -> web.Response:
-    """The last `seconds` (default 2, at most 10) of the engine's life, and its state now."""
+    """The last `seconds` (default 2, at most 10) of the engine's life, and its state now.
+
+    Spans and pages are those of one `replica` (default 0), all else is of all of them.
+    """
     try:
         seconds = float(request.query.get("seconds", "2"))
     except ValueError:
@@ -45,19 +48,22 @@ async def engine(request: web.Request) -> web.Response:
         raise bad_request(f"seconds must be a number in (0, {_MAX_SECONDS:g}]", "seconds")
     state = request.app[STATE]
     view = await state.engine.view(seconds)
-    return json_response(await asyncio.to_thread(_picture, state, view))
+    asked, count = request.query.get("replica", "0"), len(view.replicas)
+    if not asked.isdecimal() or int(asked) >= count:
+        raise bad_request(f"replica must be an integer in [0, {count})", "replica")
+    return json_response(await asyncio.to_thread(_picture, state, view, int(asked)))
 
 
 async def trace(request: web.Request) -> web.Response:
     """Everything the timeline holds, as a file for Perfetto."""
     view = await request.app[STATE].engine.view(math.inf)
-    response = json_response(await asyncio.to_thread(chrome_trace, view.host, view.steps))
+    response = json_response(await asyncio.to_thread(chrome_trace, view.replicas))
     response.headers["Content-Disposition"] = 'attachment; filename="jax-engine-trace.json"'
     return response
 
 
-def _picture(state: ServerState, view: EngineView) -> dict[str, Any]:
-    figures, limits = view.figures, state.engine.limits
+def _picture(state: ServerState, view: EngineView, number: int) -> dict[str, Any]:
+    figures, limits, replica = view.figures, state.engine.limits, view.replicas[number]
     return {
         "now": view.now,
         "model": state.model_names[0],
@@ -70,13 +76,14 @@ def _picture(state: ServerState, view: EngineView) -> dict[str, Any]:
             "scheduling": limits.scheduling,
         },
         "gauges": dataclasses.asdict(view.gauges),
-        "host": view.host,
-        "steps": [step._asdict() for step in view.steps],
-        "inflight": view.inflight,
-        "idle": idle_spans(view.host, view.steps),
+        "num_replicas": len(view.replicas),
+        "host": replica.host,
+        "steps": [step._asdict() for step in replica.steps],
+        "inflight": replica.inflight,
+        "idle": idle_spans(replica.host, replica.steps),
         "figures": {name: figures[name] for name in _FIGURES},
         "histograms": {name: figures["histograms"][name] for name in ("time_to_first_token", "inter_token")},
-        "pages": _pages(view.pages),
+        "pages": _pages(replica.pages),
     }
 
 
