@@ -57,6 +57,19 @@ def engine():
     assert [replica.num_requests for replica in made.replicas] == [0, 0]
 
 
+@pytest.fixture
+def slow_engine(engine, monkeypatch):
+    """The same, whose steps take long enough for a test to find its requests unfinished."""
+    for replica in engine.replicas:
+
+        def dispatch(batch, wrapped=replica._runner.dispatch):
+            time.sleep(0.01)
+            return wrapped(batch)
+
+        monkeypatch.setattr(replica._runner, "dispatch", dispatch)
+    return engine
+
+
 def params(**changes) -> SamplingParams:
     return SamplingParams(**({"temperature": 0, "max_tokens": 20, "ignore_eos": True, "detokenize": False} | changes))
 
@@ -122,28 +135,28 @@ async def test_seeds_do_not_depend_on_the_replica(engine, monkeypatch):
     assert found[0] == found[1] and len({seed for _, seed in found[0]}) == 8
 
 
-async def test_an_abort_finds_its_replica(engine):
+async def test_an_abort_finds_its_replica(slow_engine):
     streams = [
-        engine.generate([n], params(max_tokens=60, output_kind=RequestOutputKind.DELTA), f"{n}") for n in range(4)
+        slow_engine.generate([n], params(max_tokens=60, output_kind=RequestOutputKind.DELTA), f"{n}") for n in range(4)
     ]
     for stream in streams:
         await anext(stream)
-    assert [replica.num_requests for replica in engine.replicas] == [2, 2]
+    assert [replica.num_requests for replica in slow_engine.replicas] == [2, 2]
     for number, stream in enumerate(streams):
-        await engine.abort(f"{number}")
+        await slow_engine.abort(f"{number}")
         *_, last = [output async for output in stream]
         assert last.outputs[0].finish_reason is FinishReason.ABORT
-    await until(lambda: all(replica.scheduler.pool.num_free == 40 for replica in engine.replicas))
+    await until(lambda: all(replica.scheduler.pool.num_free == 40 for replica in slow_engine.replicas))
 
 
-async def test_an_id_is_used_once_over_all_replicas(engine):
-    first = engine.generate(PROMPT, params(max_tokens=60), "same")
+async def test_an_id_is_used_once_over_all_replicas(slow_engine):
+    first = slow_engine.generate(PROMPT, params(max_tokens=60), "same")
     await anext(first)
     with pytest.raises(InvalidRequest, match="in use"):
-        await collect(engine, [1], "same")
-    await engine.abort("same")
+        await collect(slow_engine, [1], "same")
+    await slow_engine.abort("same")
     assert [output.finished async for output in first][-1]
-    assert len(await collect(engine, [1], "same")) == 20
+    assert len(await collect(slow_engine, [1], "same")) == 20
 
 
 async def test_one_bound_holds_for_the_queue_of_all():
@@ -196,13 +209,13 @@ async def test_one_that_dies_ends_all_and_is_named(monkeypatch):
     await asyncio.to_thread(engine.shutdown)
 
 
-async def test_draining_waits_for_every_replica(engine):
-    tasks = [asyncio.create_task(collect(engine, [number], max_tokens=60)) for number in range(4)]
-    await until(lambda: all(replica.num_requests for replica in engine.replicas))
-    await engine.drain(10.0)
+async def test_draining_waits_for_every_replica(slow_engine):
+    tasks = [asyncio.create_task(collect(slow_engine, [number], max_tokens=60)) for number in range(4)]
+    await until(lambda: all(replica.num_requests for replica in slow_engine.replicas))
+    await slow_engine.drain(10.0)
     assert all(task.done() and len(task.result()) == 60 for task in tasks)
     with pytest.raises(EngineStopped):
-        await collect(engine)
+        await collect(slow_engine)
 
 
 async def test_the_prefix_cache_of_every_replica_is_reset(engine):
