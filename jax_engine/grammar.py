@@ -25,8 +25,9 @@ from jax_engine.tokenizer import Tokenizer
 
 #: Compiled grammars kept for the next request with the same one.
 _CACHE_SIZE = 64
-#: Threads that make masks, and lexers of one grammar: with two for each thread, few threads meet at one.
-_THREADS = max(1, min(16, (os.cpu_count() or 1) * 4 // 5))
+#: Threads that make masks: more gained nothing on 32 cores. Lexers of one grammar: two for each thread, so that few
+#: threads meet at one.
+_THREADS = max(1, min(8, (os.cpu_count() or 1) * 4 // 5))
 _MAX_LEXERS = 2 * _THREADS
 #: Bounds on one compilation and on one mask, in llguidance's units: 50,000 and 14,000 a millisecond, about.
 _COMPILE_FUEL = 5_000_000
@@ -168,6 +169,7 @@ class GrammarStates:
     def __init__(self, vocab_size: int):
         self._states: dict[Sequence, GrammarState] = {}
         self._num_words = math.ceil(vocab_size / 32)
+        self._buffers: dict[int, np.ndarray] = {}  # by number of rows: megabytes, which are not allocated in every step
 
     @functools.cached_property
     def _executor(self) -> llguidance.LLExecutor:
@@ -199,15 +201,15 @@ class GrammarStates:
             num_seqs: rows of the step's bucket.
 
         Returns:
-            [num_seqs, ceil(V / 32)] int32, all ones where there is no grammar; and the sequences that cannot go on,
-            with the reason. Their rows are all ones too.
+            [num_seqs, ceil(V / 32)] int32, all ones where there is no grammar, valid until the next call; and the
+            sequences that cannot go on, with the reason. Their rows are all ones too.
         """
-        mask = np.full((num_seqs, self._num_words), -1, np.int32)
         wanted = []
         for index, row in enumerate(rows):
             state = self._states.get(row.sequence) if row.samples else None
             if state is not None and row.sequence.status is not Status.FINISHED:
                 wanted.append((state.lexer, index, state.matcher))
+        mask = self._buffer(num_seqs, [index for _, index, _ in wanted])
         wanted.sort(key=lambda item: item[:2])  # threads take neighbours, and should not wait for each other
         if len(wanted) == 1:
             fill_next_token_bitmask(wanted[0][2], mask, wanted[0][1])
@@ -219,3 +221,12 @@ class GrammarStates:
                 failed.append((rows[index].sequence, _first_line(matcher.get_error())))
                 mask[index] = -1
         return mask, failed
+
+    def _buffer(self, num_seqs: int, taken: list[int]) -> np.ndarray:
+        """Room for the masks of a step, all ones but for the rows that are `taken`."""
+        if num_seqs not in self._buffers:
+            self._buffers[num_seqs] = np.empty((num_seqs, self._num_words), np.int32)
+        free = np.ones(num_seqs, bool)
+        free[taken] = False
+        self._buffers[num_seqs][free] = -1
+        return self._buffers[num_seqs]

@@ -129,8 +129,11 @@ def test_rows_of_all_lexers_get_their_own_masks():
         states.add(sequence)
         for _ in range(30 if number % 3 else number % 30):
             assert not states.accept(sequence, ord("q"))
-    masks, failed = states.masks([Row(sequence, 0, 1, True) for sequence in sequences], len(sequences) + 1)
-    assert not failed and (masks[-1] == -1).all()
-    for number, mask in enumerate(masks[:-1]):
-        allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
-        assert allowed.tolist() == list(b"0123456789" if number % 3 else b"abcdefghijklmnopqrstuvwxyz")
+    rows = [Row(sequence, 0, 1, True) for sequence in sequences]
+    for turn in (rows, rows[::-1], rows[::2], rows):  # a mask leaves nothing behind for the next
+        masks, failed = states.masks(turn, len(rows) + 1)
+        assert not failed and (masks[len(turn) :] == -1).all()
+        for row, mask in zip(turn, masks, strict=False):
+            digit = sequences.index(row.sequence) % 3
+            allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+            assert allowed.tolist() == list(b"0123456789" if digit else b"abcdefghijklmnopqrstuvwxyz")
