@@ -18,7 +18,7 @@ export PYTHON
 .PHONY: help serve test test-long test-clients test-cluster test-browser tpu-check check format bench soak bench-host bench-scheduling bench-static bench-models wheel clean
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-17s %s\n", $$1, $$2}'
 
 $(VENV)/.created: .ci/find_python.sh
 	python=$$(sh .ci/find_python.sh) && "$$python" -m venv --clear $(VENV)

@@ -6,10 +6,12 @@ jax.
 """
 
 import functools
+import itertools
 import json
 import math
-from collections.abc import Iterable, Sequence as AbstractSequence
-from typing import Any
+import os
+from collections.abc import Callable, Iterable, Sequence as AbstractSequence
+from typing import Any, NamedTuple
 
 import llguidance
 import numpy as np
@@ -22,7 +24,11 @@ from jax_engine.structured_outputs import WHITESPACE, StructuredOutputsParams
 from jax_engine.tokenizer import Tokenizer
 
 #: Compiled grammars kept for the next request with the same one.
-_CACHE_SIZE = 256
+_CACHE_SIZE = 64
+#: Threads that make masks: more gained nothing on 32 cores. Lexers of one grammar: two for each thread, so that few
+#: threads meet at one.
+_THREADS = max(1, min(8, (os.cpu_count() or 1) * 4 // 5))
+_MAX_LEXERS = 2 * _THREADS
 #: Bounds on one compilation and on one mask, in llguidance's units: 50,000 and 14,000 a millisecond, about.
 _COMPILE_FUEL = 5_000_000
 _STEP_FUEL = 500_000
@@ -35,15 +41,39 @@ _SLICES = [r"[\x20\x0A\x0D\x09]+", *(f"{_TEXT}{{1,{most}}}" for most in (2, 4, 6
 _PARAM = "structured_outputs"
 
 
+class GrammarState(NamedTuple):
+    """Where one sequence stands in its grammar. States with the same `lexer` are advanced one at a time."""
+
+    matcher: llguidance.LLMatcher
+    lexer: tuple[int, int]
+
+
 class Grammar:
-    """A compiled grammar in its first state; immutable, shared by requests."""
+    """A compiled grammar in its first state, shared by requests.
 
-    def __init__(self, matcher: llguidance.LLMatcher):
-        self._matcher = matcher
+    The copies of a matcher share its lexer, whose lock lets one of them make a mask at a time. So a grammar that more
+    sequences ask for is compiled again, until there are lexers enough for all threads.
 
-    def start(self) -> llguidance.LLMatcher:
-        """A state of its own for one sequence."""
-        return self._matcher.deep_copy()
+    Args:
+        compile: gives a matcher in its first state, with a lexer of its own.
+    """
+
+    def __init__(self, compile: Callable[[], llguidance.LLMatcher]):
+        self._compile = compile
+        self._matchers = [compile()]
+        self._num_wanted = 0
+        self._starts = itertools.count()
+
+    def prepare(self, num_sequences: int) -> None:
+        """Makes lexers for so many more sequences; any thread. Two at once may make one too many: no harm."""
+        self._num_wanted += num_sequences
+        while len(self._matchers) < min(self._num_wanted, _MAX_LEXERS):
+            self._matchers.append(self._compile())
+
+    def start(self) -> GrammarState:
+        """A state of its own for one sequence. Engine thread only."""
+        index = next(self._starts) % len(self._matchers)
+        return GrammarState(self._matchers[index].deep_copy(), (id(self), index))
 
 
 class GrammarCompiler:
@@ -62,7 +92,7 @@ class GrammarCompiler:
             max_grammar_size=_MAX_GRAMMAR_SYMBOLS,
             verbose_errors=False,
         )
-        self.compile = functools.lru_cache(_CACHE_SIZE)(self._compile)
+        self._grammar = functools.lru_cache(_CACHE_SIZE)(self._new_grammar)
 
     @functools.cached_property
     def _tokenizer(self) -> llguidance.LLTokenizer:
@@ -70,18 +100,26 @@ class GrammarCompiler:
         wrapper = llguidance.TokenizerWrapper(_Vocabulary(*self._vocabulary))
         return llguidance.LLTokenizer(wrapper, eos_token=self._vocabulary[2], slices=_SLICES)
 
-    def _compile(self, params: StructuredOutputsParams) -> Grammar:
-        """The grammar of what a request asks for.
+    def compile(self, params: StructuredOutputsParams, num_sequences: int = 1) -> Grammar:
+        """The grammar of what a request asks for, ready for so many sequences of it.
 
         Raises:
             InvalidRequest: it is malformed, can never be matched, or takes too long.
         """
+        grammar = self._grammar(params)
+        grammar.prepare(num_sequences)
+        return grammar
+
+    def _new_grammar(self, params: StructuredOutputsParams) -> Grammar:
+        return Grammar(functools.partial(self._matcher, _source(params)))
+
+    def _matcher(self, source: str) -> llguidance.LLMatcher:
         if not self._vocabulary[2]:
             raise InvalidRequest("the model has no token that ends an output: it cannot be structured", _PARAM)
-        matcher = llguidance.LLMatcher(self._tokenizer, _source(params), limits=self._limits, log_level=0)
+        matcher = llguidance.LLMatcher(self._tokenizer, source, limits=self._limits, log_level=0)
         if matcher.is_error():
             raise InvalidRequest(f"structured_outputs: {_first_line(matcher.get_error())}", _PARAM)
-        return Grammar(matcher)
+        return matcher
 
 
 class _Vocabulary:
@@ -129,12 +167,13 @@ class GrammarStates:
     """The states of the running sequences that have a grammar. Engine thread only."""
 
     def __init__(self, vocab_size: int):
-        self._states: dict[Sequence, llguidance.LLMatcher] = {}
+        self._states: dict[Sequence, GrammarState] = {}
         self._num_words = math.ceil(vocab_size / 32)
+        self._buffers: dict[int, np.ndarray] = {}  # by number of rows: megabytes, which are not allocated in every step
 
     @functools.cached_property
     def _executor(self) -> llguidance.LLExecutor:
-        return llguidance.LLExecutor()
+        return llguidance.LLExecutor(_THREADS)
 
     def add(self, sequence: Sequence) -> None:
         """Starts the state of a new sequence, if its request has a grammar."""
@@ -153,7 +192,7 @@ class GrammarStates:
             Whether the output is complete: nothing but an end-of-sequence token could follow.
         """
         state = self._states.get(sequence)
-        return state is not None and state.consume_token(token) and state.is_stopped()
+        return state is not None and state.matcher.consume_token(token) and state.matcher.is_stopped()
 
     def masks(self, rows: AbstractSequence[Row], num_seqs: int) -> tuple[np.ndarray, list[tuple[Sequence, str]]]:
         """The masks of a step, whose earlier steps have all been committed.
@@ -162,22 +201,32 @@ class GrammarStates:
             num_seqs: rows of the step's bucket.
 
         Returns:
-            [num_seqs, ceil(V / 32)] int32, all ones where there is no grammar; and the sequences that cannot go on,
-            with the reason. Their rows are all ones too.
+            [num_seqs, ceil(V / 32)] int32, all ones where there is no grammar, valid until the next call; and the
+            sequences that cannot go on, with the reason. Their rows are all ones too.
         """
-        mask = np.full((num_seqs, self._num_words), -1, np.int32)
         wanted = []
         for index, row in enumerate(rows):
             state = self._states.get(row.sequence) if row.samples else None
             if state is not None and row.sequence.status is not Status.FINISHED:
-                wanted.append((state, index))
+                wanted.append((state.lexer, index, state.matcher))
+        mask = self._buffer(num_seqs, [index for _, index, _ in wanted])
+        wanted.sort(key=lambda item: item[:2])  # threads take neighbours, and should not wait for each other
         if len(wanted) == 1:
-            fill_next_token_bitmask(wanted[0][0], mask, wanted[0][1])
+            fill_next_token_bitmask(wanted[0][2], mask, wanted[0][1])
         elif wanted:
-            fill_next_token_bitmask_par(self._executor, wanted, mask)
+            fill_next_token_bitmask_par(self._executor, [(matcher, index) for _, index, matcher in wanted], mask)
         failed = []
-        for state, index in wanted:
-            if state.is_error():
-                failed.append((rows[index].sequence, _first_line(state.get_error())))
+        for _, index, matcher in wanted:
+            if matcher.is_error():
+                failed.append((rows[index].sequence, _first_line(matcher.get_error())))
                 mask[index] = -1
         return mask, failed
+
+    def _buffer(self, num_seqs: int, taken: list[int]) -> np.ndarray:
+        """Room for the masks of a step, all ones but for the rows that are `taken`."""
+        if num_seqs not in self._buffers:
+            self._buffers[num_seqs] = np.empty((num_seqs, self._num_words), np.int32)
+        free = np.ones(num_seqs, bool)
+        free[taken] = False
+        self._buffers[num_seqs][free] = -1
+        return self._buffers[num_seqs]

@@ -111,7 +111,7 @@ class Intake:
             return None
         if self._compiler is None:
             raise InvalidRequest("the model has no tokenizer: outputs cannot be structured", "structured_outputs")
-        return self._compiler.compile(params.structured_outputs)
+        return self._compiler.compile(params.structured_outputs, params.n)
 
     def _check(self, token_ids: list[int], params: SamplingParams) -> None:
         if not token_ids:

@@ -9,6 +9,7 @@ from aiohttp import web
 
 from serving.errors import error_middleware, unavailable
 from serving.routes.health import version
+from serving.security import add_security_headers
 
 
 def loading_app() -> web.Application:
@@ -21,5 +22,6 @@ def loading_app() -> web.Application:
         raise unavailable("The model is being loaded; try again soon.", "loading")
 
     app = web.Application(middlewares=[error_middleware, not_yet])
+    app.on_response_prepare.append(add_security_headers)
     app.router.add_get("/version", version)
     return app

@@ -17,7 +17,8 @@ _PREFLIGHT_HEADERS = {
 
 
 async def add_security_headers(request: web.Request, response: web.StreamResponse) -> None:
-    """No guessing of content types, no addresses of ours to others."""
+    """No guessing of content types, no addresses of ours to others, no versions of what is behind the address."""
+    response.headers["Server"] = "jax-engine"  # aiohttp has put its own and Python's version there
     for name, value in _HEADERS.items():
         response.headers.setdefault(name, value)
 

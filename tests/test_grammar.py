@@ -4,6 +4,7 @@ import dataclasses
 import random
 import re
 
+import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
@@ -11,8 +12,11 @@ from benchmarks.scheduler_host import make_limits
 from jax_engine.config import EngineConfig
 from jax_engine.engine import Engine
 from jax_engine.errors import InvalidRequest
-from jax_engine.request import FinishReason
+from jax_engine.grammar import _MAX_LEXERS, GrammarCompiler, GrammarStates
+from jax_engine.request import FinishReason, Request
 from jax_engine.sampling_params import RequestOutputKind, SamplingParams
+from jax_engine.schedule import Row
+from jax_engine.sequence import Sequence
 from jax_engine.structured_outputs import StructuredOutputsParams
 from jax_engine.testing.byte_tokenizer import EOS, ByteTokenizer
 from jax_engine.testing.fake_runner import FakeRunner
@@ -84,7 +88,7 @@ def test_a_state_that_fails_ends_its_request_alone(depth):
     for turn in range(500):
         if turn == 8:
             victim = next(s for s in engine._grammars._states if s.request.request_id == "0")
-            assert not engine._grammars._states[victim].consume_token(ord("x"))
+            assert not engine._grammars._states[victim].matcher.consume_token(ord("x"))
         outputs |= {output.request_id: output for output in engine.step()}
         if not engine.has_work:
             break
@@ -103,8 +107,33 @@ def test_a_model_without_an_end_token_refuses():
         engine.make_request("a", [5], params("a+"))
 
 
-def test_the_same_grammar_is_compiled_once():
+def test_the_same_grammar_is_shared_and_has_lexers_for_its_sequences():
     engine = make_engine(2)
     first, second = (engine.make_request(str(n), [5], params("a+")).grammar for n in range(2))
     assert first is second is not None
     assert engine.make_request("x", [5], params("b+")).grammar is not first
+    engine.make_request("y", [5], params("a+", n=100))
+    lexers = [first.start().lexer for _ in range(100)]
+    assert len(set(lexers)) == _MAX_LEXERS and len(first._matchers) == _MAX_LEXERS
+
+
+def test_rows_of_all_lexers_get_their_own_masks():
+    """As many sequences as there are lexers and more, each at another place of one grammar."""
+    compiler = GrammarCompiler(ByteTokenizer(), ByteTokenizer.vocab_size, [EOS])
+    form = StructuredOutputsParams(regex="[a-z]{30}[0-9]")
+    grammar = compiler.compile(form, 100)
+    request = Request(request_id="a", prompt_token_ids=(5,), sampling_params=SamplingParams(), grammar=grammar)
+    sequences = [Sequence(request, number, 100, frozenset(), 0) for number in range(3 * _MAX_LEXERS)]
+    states = GrammarStates(ByteTokenizer.vocab_size)
+    for number, sequence in enumerate(sequences):
+        states.add(sequence)
+        for _ in range(30 if number % 3 else number % 30):
+            assert not states.accept(sequence, ord("q"))
+    rows = [Row(sequence, 0, 1, True) for sequence in sequences]
+    for turn in (rows, rows[::-1], rows[::2], rows):  # a mask leaves nothing behind for the next
+        masks, failed = states.masks(turn, len(rows) + 1)
+        assert not failed and (masks[len(turn) :] == -1).all()
+        for row, mask in zip(turn, masks, strict=False):
+            digit = sequences.index(row.sequence) % 3
+            allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+            assert allowed.tolist() == list(b"0123456789" if digit else b"abcdefghijklmnopqrstuvwxyz")

@@ -10,11 +10,13 @@ import subprocess
 import aiohttp
 import pytest
 from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
 
 from jax_engine import ConfigError
 from jax_engine.testing.fake_engine import FakeAsyncEngine
 from serving.app import create_app
 from serving.limits import Connections
+from serving.loading import loading_app
 from serving.options import ServerOptions, read_keys
 from tests.test_server_errors import client_of, error_of
 from tests.test_server_life import serving, until
@@ -123,10 +125,11 @@ async def test_other_origins_are_let_in_by_name_only():
         assert response.status != 204 and "Access-Control-Allow-Origin" not in response.headers
 
 
-async def test_nothing_is_guessed_from_content():
-    async with client_of(FakeAsyncEngine()) as client:
-        for response in (await client.get("/health"), await client.get("/nothing")):
+async def test_nothing_is_guessed_from_content_and_no_versions_are_told():
+    async with client_of(FakeAsyncEngine()) as client, TestClient(TestServer(loading_app())) as early:
+        for response in (await client.get("/health"), await client.get("/nothing"), await early.get("/health")):
             assert response.headers["X-Content-Type-Options"] == "nosniff"
+            assert response.headers["Server"] == "jax-engine"
 
 
 @pytest.mark.parametrize(

@@ -288,5 +288,5 @@ def test_grammars_that_cannot_be_compiled(fields):
 
 def test_white_space_in_json_is_bounded():
     compiler = GrammarCompiler(ByteTokenizer(), 320, [257])
-    state = compiler.compile(StructuredOutputsParams(json_object=True)).start()
+    state = compiler.compile(StructuredOutputsParams(json_object=True)).start().matcher
     assert state.try_consume_tokens(list(b"{\n" + b" " * 100)) == 42
