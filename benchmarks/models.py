@@ -92,7 +92,7 @@ def _best(run: Callable[[], jax.Array], repeat: int) -> float:
 def main(argv: Sequence[str]) -> int:
     """Runs both parts, prints their tables and writes the results."""
     flag_values = flag_set()
-    if not program.parse(flag_values, "benchmarks.models", __doc__, argv):
+    if not program.parse(flag_values, "benchmarks.models", __doc__, argv[1:]):
         return 0
     models = [compile_steps(model) for model in flag_values["models"].value]
     experts = [time_experts(int(rows), flag_values) for rows in flag_values["rows"].value]

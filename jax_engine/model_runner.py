@@ -229,7 +229,9 @@ class ModelRunner:
             here, following = self._put(tuple(rows))
             pick = self._programs[Part("pick", Bucket(targets.size, 0, False))]
             score = self._programs[Part("score", Bucket(PROMPT_BLOCK, 0, False))]
-            blocks.append(score(self.weights, pick(output.hidden, here), following))
+            # In a bucket for decode only each token is its row's last.
+            hidden = output.last_hidden if output.hidden is None else output.hidden
+            blocks.append(score(self.weights, pick(hidden, here), following))
         return _PromptScores(targets.size, at, blocks)
 
     def _adjustments(self, batch: Batch):

@@ -165,7 +165,7 @@ class ModelProgram:
         num_seqs = sorted({bucket.num_seqs for bucket in sizes})
         found = [Part("model", bucket) for bucket in sizes]
         found += [Part(kind, Bucket(0, size, False)) for size in num_seqs for kind in ("likeliest", "sample")]
-        found += [Part("pick", Bucket(bucket.num_tokens, 0, False)) for bucket in sizes if not bucket.decode_only]
+        found += [Part("pick", Bucket(size, 0, False)) for size in sorted({bucket.num_tokens for bucket in sizes})]
         found.append(Part("score", Bucket(PROMPT_BLOCK, 0, False)))
         return {part: self.part(part, limits) for part in found}
 

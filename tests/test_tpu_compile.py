@@ -195,7 +195,15 @@ def test_the_command_compiles_every_step(capsys):
     assert cli.main(["compile", f"--model={golden}", "--target=v6e:1x1", "--json", *flags]) == 0
     report = json.loads(capsys.readouterr().out)
     steps = [(step["kind"], step["bucket"]["num_tokens"]) for step in report["steps"]]
-    assert steps == [("model", 4), ("model", 32), ("likeliest", 0), ("sample", 0), ("pick", 32), ("score", 64)]
+    assert steps == [
+        ("model", 4),
+        ("model", 32),
+        ("likeliest", 0),
+        ("sample", 0),
+        ("pick", 4),
+        ("pick", 32),
+        ("score", 64),
+    ]
     for step in report["steps"][:2]:
         assert step["alias_bytes"] >= report["fit"]["pool_bytes"] and step["vmem_bytes"] > 0
     assert report["fit"]["largest_pages"] > 64

@@ -1,7 +1,7 @@
 """Running the layers of a model one after the other, unrolled or in a loop."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -38,13 +38,32 @@ def run_layers(layers: Sequence[nnx.Module], carry: tuple, *shared: Any, places:
         return carry
     kind_of, index_of = np.array(of_layer, np.int32).T
     place_of = np.array(places, np.int32)
+    for start, end in _stretches(kind_of.tolist()):
+        present, choice_of = np.unique(kind_of[start:end], return_inverse=True)
+        branches = [functools.partial(_apply_chosen, kinds[kind], shared=shared) for kind in present]
 
-    def body(layer: jax.Array, carry: tuple) -> tuple:
-        index, place = jnp.asarray(index_of)[layer], jnp.asarray(place_of)[layer]
-        branches = [functools.partial(_apply_chosen, kind, shared=shared) for kind in kinds]
-        return jax.lax.switch(jnp.asarray(kind_of)[layer], branches, index, place, carry)
+        def body(layer: jax.Array, carry: tuple, start=start, choice_of=choice_of, branches=branches) -> tuple:
+            index, place = jnp.asarray(index_of)[layer], jnp.asarray(place_of)[layer]
+            choice = jnp.asarray(choice_of, jnp.int32)[layer - start]
+            return jax.lax.switch(choice, branches, index, place, carry)
 
-    return jax.lax.fori_loop(0, len(layers), body, carry)
+        carry = jax.lax.fori_loop(start, end, body, carry)
+    return carry
+
+
+def _stretches(kind_of: list[int]) -> Iterator[tuple[int, int]]:
+    """Half-open ranges of layers, as short as can be, of which no two share a kind.
+
+    Each becomes a loop of its own. Where dense layers and layers of experts are branches of one loop, XLA copies the
+    whole KV pool in each turn.
+    """
+    last = {kind: layer for layer, kind in enumerate(kind_of)}
+    start = end = 0
+    for layer, kind in enumerate(kind_of):
+        end = max(end, last[kind] + 1)
+        if layer + 1 == end:
+            yield start, end
+            start = end
 
 
 def _group(layers: Sequence[nnx.Module]) -> tuple[list[_Kind], list[tuple[int, int]]]:
