@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
     print(_table(compared))
     if _OUT.value is not None:
         fields = {"workload": work.name, "openai": openai.__version__, "compared": compared, "runs": runs}
-        report.write(_OUT.value, report.document("benchmarks.two_clients", list(argv), **fields))
+        report.write(_OUT.value, report.document("benchmarks.two_clients", sys.argv, **fields))
 
 
 def _by_openai(bodies: Sequence[dict[str, Any]], load: int, options: serve.Options) -> dict[str, Any]:
