@@ -224,7 +224,7 @@ def copies(bench: Bench) -> dict[str, Any]:
     if not limits.num_swap_pages:
         return {}
     bucket = max(buckets(limits), key=lambda bucket: bucket.num_tokens)
-    layout = BatchLayout(bucket, limits.max_pages_per_seq)
+    layout = BatchLayout.of(bucket, limits)
     packed = np.zeros(layout.size, np.int32)
     layout.unpack(packed)["slots"][:] = limits.max_num_seqs  # padding, which costs what tokens cost
     pages = list(range(min(NUM_GROUPS * COPY_PAGES, limits.num_pages)))

@@ -44,11 +44,11 @@ def flag_set() -> flags.FlagValues:
 def compile_steps(model: str) -> dict[str, Any]:
     """Seconds to trace and to compile a prefill and a decode step, and the memory of the larger."""
     config = read_config(open_checkpoint(model, weights=False).config)
-    made = ModelProgram(config, "auto", jax.devices()[:1])
     options = EngineConfig(
         max_model_len=min(512, config.max_position_embeddings), max_num_seqs=8, token_buckets=(64,), decode_buckets=(8,)
     )
-    limits = resolve(options, config, platform=made.device.platform, num_pages=NUM_PAGES)
+    limits = resolve(options, config, platform=jax.devices()[0].platform, num_pages=NUM_PAGES)
+    made = ModelProgram(config.served(limits.max_model_len), "auto", jax.devices()[:1])
     result: dict[str, Any] = {"model": config.architecture, "layers": config.num_hidden_layers}
     for bucket in buckets(limits):
         started = time.perf_counter()

@@ -62,7 +62,7 @@ class Stepper:
         self.pages = -(-context // limits.page_size)
         num_pages = max(self.pages * max_rows + self._prompt_pages(limits.page_size), limits.max_pages_per_seq)
         self.limits = resolve(EngineConfig(), model, platform=device.platform, num_pages=num_pages)
-        self.program = ModelProgram(model.served(self.limits.max_model_len, False), "bfloat16", [device])
+        self.program = ModelProgram(model.served(self.limits.max_model_len), "bfloat16", [device])
         arrays = dummy(self.program.wanted, 0)
         unread = "embed.weight" if "lm_head.weight" in arrays else None
         self.read_bytes = sum(array.nbytes for name, array in arrays.items() if name != unread)

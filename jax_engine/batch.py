@@ -8,7 +8,7 @@ building a step is a few numpy gathers and one short loop.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -51,12 +51,18 @@ class BatchLayout:
         slots [B]: the row's slot; max_num_seqs for padding rows.
         settings [10, B]: INT_FIELDS, then FLOAT_FIELDS by their bits.
         stop_ids [8, B]: tokens that end the row's sequence, the lowest of them; -1 where there are fewer.
-        page_table [B, P]: ids of the row's pages.
+        page_table [B, G * P]: ids of the row's pages, a table of P pages for each of the G groups of layers.
         scalars [2]: rows that take the path of single tokens; the features in use.
     """
 
     bucket: Bucket
     max_pages_per_seq: int
+    num_tables: int = 1
+
+    @classmethod
+    def of(cls, bucket: Bucket, limits: Limits) -> "BatchLayout":
+        """The layout of a bucket's packed array under these limits."""
+        return cls(bucket, limits.max_pages_per_seq, limits.page_groups.num)
 
     @cached_property
     def parts(self) -> dict[str, tuple[int, tuple[int, ...]]]:
@@ -69,7 +75,7 @@ class BatchLayout:
             "slots": (seqs,),
             "settings": (len(INT_FIELDS) + len(FLOAT_FIELDS), seqs),
             "stop_ids": (NUM_STOP_IDS, seqs),
-            "page_table": (seqs, self.max_pages_per_seq),
+            "page_table": (seqs, self.num_tables * self.max_pages_per_seq),
             "scalars": (2,),
         }
         parts, offset = {}, 0
@@ -81,7 +87,7 @@ class BatchLayout:
     @property
     def rows(self) -> "BatchLayout":
         """The layout without the tokens: of what the programs after the model need to know of the batch."""
-        return BatchLayout(Bucket(0, self.bucket.num_seqs, False), self.max_pages_per_seq)
+        return replace(self, bucket=Bucket(0, self.bucket.num_seqs, False))
 
     @cached_property
     def size(self) -> int:
@@ -155,10 +161,10 @@ class BatchBuilder:
         self._settings = np.zeros((len(INT_FIELDS) + len(FLOAT_FIELDS), num_slots), np.int32)
         self._features = np.zeros(num_slots, np.int32)
         self._stop_ids = np.full((NUM_STOP_IDS, num_slots), -1, np.int32)
-        self._page_table = np.zeros((num_slots, limits.max_pages_per_seq), np.int32)
+        self._page_table = np.zeros((num_slots, limits.page_groups.num * limits.max_pages_per_seq), np.int32)
         self._adjustments: dict[int, Adjustments] = {}
         self._constraints = ConstraintTable(vocab_size)
-        self._layouts = {bucket: BatchLayout(bucket, limits.max_pages_per_seq) for bucket in buckets(limits)}
+        self._layouts = {bucket: BatchLayout.of(bucket, limits) for bucket in buckets(limits)}
 
     def layout(self, bucket: Bucket) -> BatchLayout:
         """The layout of a bucket's packed array."""
@@ -192,7 +198,9 @@ class BatchBuilder:
         parts["settings"][:, :num_rows] = self._settings.take(slots, axis=1)
         parts["stop_ids"][:, :num_rows] = self._stop_ids.take(slots, axis=1)
         width = -(-int((starts + counts).max()) // self.limits.page_size)
-        parts["page_table"][:num_rows, :width] = self._page_table[:, :width].take(slots, axis=0)
+        for first in range(0, self._page_table.shape[1], self.limits.max_pages_per_seq):
+            table = slice(first, first + width)
+            parts["page_table"][:num_rows, table] = self._page_table[:, table].take(slots, axis=0)
         parts["token_ids"][: schedule.num_tokens] = np.array(_token_ids(schedule), np.int32)
         features = Feature(int(np.bitwise_or.reduce(self._features[slots])))
         # Without decode buckets every step has one shape, and is computed in one way: single tokens too take the path

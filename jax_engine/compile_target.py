@@ -62,7 +62,7 @@ class Fit:
     """What a model takes of a target before any bucket is compiled for good. Bytes are of one device.
 
     Attributes:
-        limits: of the engine that would run there. page_bytes: of one page over all layers.
+        limits: of the engine that would run there. page_bytes: of one page.
         pool_bytes: of the pool that limits.num_pages makes. useful_pages: more than these no batch could ever use.
         largest_pages: the largest pool that fits beside weights and temporaries.
     """
@@ -88,7 +88,7 @@ def fit(config: EngineConfig, model: ModelConfig, target: Target) -> tuple[Model
         ConfigError: the configuration cannot be run.
     """
     limits = resolve(config, model, platform=target.devices[0].platform, num_pages=config.num_pages or 1)
-    served = model.served(limits.max_model_len, limits.ring_pages > 0)
+    served = model.served(limits.max_model_len)
     program = ModelProgram(
         served,
         config.dtype,
@@ -101,10 +101,10 @@ def fit(config: EngineConfig, model: ModelConfig, target: Target) -> tuple[Model
     weights = sum(map(_bytes_per_device, arrays))
     page, slots = program.page_bytes(limits.page_size), program.slot_bytes(limits)
     usable = int(target.hbm_bytes * config.gpu_memory_utilization)
-    useful = limits.max_num_seqs * limits.max_pages_per_seq
+    useful = limits.max_num_seqs * limits.full_pages
     found = Fit(limits, weights, 0, page, useful, 0)
     _check_room(target, config, found, usable - weights - slots)  # before minutes of compiling
-    small = dataclasses.replace(limits, num_pages=limits.max_pages_per_seq)
+    small = dataclasses.replace(limits, num_pages=limits.full_pages)
     temp = step_bytes(*(report(program, part, small)[1] for part in largest_parts(limits)))
     free = usable - weights - slots - temp
     found = dataclasses.replace(found, temp_bytes=temp, largest_pages=max(free, 0) // page)
@@ -117,14 +117,14 @@ def _check_room(target: Target, config: EngineConfig, found: Fit, free: int) -> 
     """Refuses what leaves no room for one sequence of the longest length."""
     limits = found.limits
     pages = max(free, 0) // found.page_bytes
-    if pages >= limits.max_pages_per_seq:
+    if pages >= limits.full_pages:
         return
     temporaries = f" and temporaries {found.temp_bytes / _GIB:.2f}" if found.temp_bytes else ""
     raise DoesNotFit(
         f"{target.name} has {target.hbm_bytes / _GIB:.2f} GiB on each device, of which "
         f"{config.gpu_memory_utilization:.0%} may be used (gpu_memory_utilization); weights take "
         f"{found.weight_bytes / _GIB:.2f} GiB{temporaries}. That leaves {pages} pages of the "
-        f"{limits.max_pages_per_seq} that one sequence of max_model_len {limits.max_model_len} needs. Take more or "
+        f"{limits.full_pages} that one sequence of max_model_len {limits.max_model_len} needs. Take more or "
         "larger devices, smaller weights, a smaller max_model_len or max_num_batched_tokens"
     )
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from jax_engine.errors import ConfigError
 from jax_engine.model_config import ModelConfig
+from jax_engine.page_groups import PageGroups
 
 SCHEDULING_MODES = ("static", "sync", "async")
 SCHEDULING_POLICIES = ("fcfs", "priority", "fair", "slo")
 PREEMPTION_MODES = ("auto", "recompute", "swap")
-WINDOW_CACHES = ("pages", "slots")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("auto", "int8", "fp8")
 KV_CACHE_DTYPES = ("auto", "fp8", "int8")
@@ -64,9 +64,6 @@ class EngineConfig:
     max_num_batched_tokens: int | None = _option(None, "Token budget of one step. Default: 512 on CPU, else 8192.")
     page_size: int | None = _option(None, "Tokens in one KV page; a power of two. Default: 16 on a CPU, else 64.")
     num_pages: int | None = _option(None, "KV pages of each replica. Default: as many as fit into free memory.")
-    window_cache: str = _option(
-        "pages", "Layers with sliding windows keep all in pages, or by slot only what the window holds (slots)."
-    )
     gpu_memory_utilization: float = _option(0.9, "Share of the device's memory that weights, pool and steps may use.")
     scheduling: str = _option(
         "async", "static: whole batches. sync: join and leave every step. async: sync, run ahead."
@@ -118,7 +115,6 @@ class EngineConfig:
         self._check_choice("dtype", DTYPES)
         self._check_choice("quantization", QUANTIZATIONS)
         self._check_choice("kv_cache_dtype", KV_CACHE_DTYPES)
-        self._check_choice("window_cache", WINDOW_CACHES)
         self._check_choice("load_format", LOAD_FORMATS)
         self._check_choice("generation_config", GENERATION_CONFIGS)
         for name in (
@@ -205,6 +201,7 @@ class Limits:
     Attributes:
         num_swap_pages: pages that the host's swap space holds. swap_page_seconds: time to copy one page, one way.
         token_seconds: time to compute one prompt token.
+        page_groups: which layers share a page.
         user_weights: user -> share under the fair policy. slo_classes: name -> (ttft, itl), in seconds.
     """
 
@@ -229,12 +226,25 @@ class Limits:
     priority_ageing_s: float = 30.0
     user_weights: Mapping[str, float] = field(default_factory=dict)
     slo_classes: Mapping[str, tuple[float, float]] = field(default_factory=lambda: {"default": (1.0, 0.1)})
-    ring_pages: int = 0
+    page_groups: PageGroups = field(default_factory=PageGroups)
 
     @property
     def max_pages_per_seq(self) -> int:
-        """Width of a page table row."""
+        """Width of a page table row, of each group of layers."""
         return math.ceil(self.max_model_len / self.page_size)
+
+    @property
+    def full_pages(self) -> int:
+        """Most pages that a sequence of max_model_len tokens has at once, in all groups."""
+        return self.page_groups.most_pages(self.max_model_len, self.page_size, self.max_num_batched_tokens)
+
+    def tokens_in(self, num_pages: int) -> int:
+        """Tokens of as many sequences of max_model_len as so many pages hold."""
+        return num_pages * self.max_pages_per_seq * self.page_size // self.full_pages
+
+    def most_tokens(self, num_pages: int) -> int:
+        """Tokens of the longest sequence that so many pages hold, alone."""
+        return self.page_groups.most_tokens(num_pages, self.page_size, self.max_num_batched_tokens)
 
 
 #: Longest context served by default; a longer one is asked for with max_model_len.
@@ -274,7 +284,6 @@ def resolve(config: EngineConfig, model: ModelConfig, *, platform: str, num_page
     depth = config.max_inflight_steps if config.scheduling == "async" else 1
     max_model_len = config.max_model_len or min(model.max_position_embeddings, DEFAULT_MAX_MODEL_LEN)
     page_size = config.page_size or (16 if on_cpu else 64)
-    by_slot = config.window_cache == "slots"
     return Limits(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
@@ -285,7 +294,7 @@ def resolve(config: EngineConfig, model: ModelConfig, *, platform: str, num_page
         max_inflight_steps=depth,
         token_buckets=token_buckets,
         decode_buckets=decode_buckets,
-        ring_pages=_ring_pages(model, page_size, max_model_len, budget) if by_slot else 0,
+        page_groups=model.served(max_model_len).page_groups,
         **_scheduling_limits(config) | _without_state_in_pages(config, model),
     )
 
@@ -331,28 +340,13 @@ def _scheduling_limits(config: EngineConfig) -> dict[str, Any]:
 
 def _without_state_in_pages(config: EngineConfig, model: ModelConfig) -> dict[str, Any]:
     """What a model forbids whose pages are not all that it knows of a sequence."""
-    if not model.num_recurrent_layers and config.window_cache == "pages":
+    if not model.num_recurrent_layers:
         return {}
     if config.swap_space_gib:
         raise ConfigError(
             "swap_space_gib must be 0: layers of the model keep what they need by slot, not in pages to be swapped"
         )
     return {"enable_prefix_caching": False}
-
-
-def _ring_pages(model: ModelConfig, page_size: int, max_model_len: int, budget: int) -> int:
-    """Pages that hold a sliding window and the tokens that one step can add to it, wherever a page begins."""
-    windows = [layer.sliding_window for layer in model.layers if layer.sliding_window is not None]
-    if not windows:
-        raise ConfigError(f"window_cache=slots: no layer of {model.architecture} has a sliding window")
-    tokens = max(windows) + min(budget, max_model_len) - 1
-    pages = math.ceil(tokens / page_size) + 1
-    if pages >= math.ceil(max_model_len / page_size):
-        raise ConfigError(
-            f"window_cache=slots saves nothing: a window of {max(windows)} and a step of {min(budget, max_model_len)} "
-            f"tokens are no less than max_model_len {max_model_len}; lower max_num_batched_tokens"
-        )
-    return pages
 
 
 def _slo_classes(texts: tuple[str, ...]) -> dict[str, tuple[float, float]]:

@@ -36,7 +36,7 @@ def measure(
         page_bytes: of one page. dispatch, copy_pages: the runner's; pages are copied only if there is swap space.
     """
     bucket = max(buckets(limits), key=lambda bucket: bucket.num_tokens)
-    layout = BatchLayout(bucket, limits.max_pages_per_seq)
+    layout = BatchLayout.of(bucket, limits)
     packed = np.zeros(layout.size, np.int32)
     layout.unpack(packed)["slots"][:] = limits.max_num_seqs  # every row is padding
     group = PageCopy(-1, 0, list(range(min(COPY_PAGES, limits.num_pages))))

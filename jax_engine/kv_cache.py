@@ -10,7 +10,6 @@ from jaxtyping import Array, Float, Int
 
 from jax_engine.config import Limits
 from jax_engine.layers.recurrent import RecurrentCache
-from jax_engine.layers.window_cache import WindowCache
 from jax_engine.model_config import ModelConfig
 from pallas_kernels.ragged_paged_attention import api as attention_op
 
@@ -21,8 +20,9 @@ class KVCache:
     """What the steps keep between them; donated to each step, which returns it updated in place.
 
     Attributes:
-        pool: keys and values of all layers, in the attention op's own layout; a RecurrentCache or WindowCache
-            with that in it where some layers keep something by slot instead.
+        pool: keys and values of all layers, in the attention op's own layout; a RecurrentCache with that in it where
+            some layers keep a state by slot instead. Its layers are those of a group (see PageGroups): a page that one
+            sequence has for one group may be another's for another.
         token_ids: [num_pages * page_size] the token at each place of the pool. The penalties read a sequence's history
             from here, by the same page table, so it is right whatever happens to the sequence's pages.
         last_tokens: [max_num_seqs + 1] the token that each slot sampled last; the last place takes what padding writes.
@@ -43,17 +43,14 @@ def cache_shapes(
     Args:
         dtype: of what recurrent layers keep of their inputs. kv_dtype: of keys and values.
     """
-    pages = _pool_shape(model, model.num_page_layers, limits.num_pages, limits.page_size, device)
-    rings = _ring_shape(model, limits, device) if model.windows_by_slot else ()
+    pages = _pool_shape(model, limits.num_pages, limits.page_size, device)
     states = _state_shapes(model, limits.max_num_seqs, dtype)
-    scales = (model.num_page_layers, 2, model.num_key_value_heads)
+    scales = (model.layers_per_page, 2, model.num_key_value_heads)
 
     def make() -> KVCache:
         pool: Any = jnp.zeros(pages, kv_dtype)
         if states:
             pool = RecurrentCache(pool, *(jnp.zeros(*state) for state in states))
-        elif rings:
-            pool = WindowCache(pool, jnp.zeros(rings, kv_dtype))
         return KVCache(
             pool=pool,
             token_ids=jnp.zeros(limits.num_pages * limits.page_size, jnp.int32),
@@ -65,16 +62,14 @@ def cache_shapes(
 
 
 def page_bytes(model: ModelConfig, page_size: int, kv_dtype: jnp.dtype, device: attention_op.Device) -> int:
-    """Bytes of one page over all layers that have pages, on such a device."""
-    pool = math.prod(_pool_shape(model, model.num_page_layers, 1, page_size, device)) * kv_dtype.itemsize
+    """Bytes of one page, which are those of a group's layers, on such a device."""
+    pool = math.prod(_pool_shape(model, 1, page_size, device)) * kv_dtype.itemsize
     return pool + page_size * jnp.dtype(jnp.int32).itemsize
 
 
-def _pool_shape(
-    model: ModelConfig, num_layers: int, num_pages: int, page_size: int, device: attention_op.Device
-) -> tuple[int, ...]:
+def _pool_shape(model: ModelConfig, num_pages: int, page_size: int, device: attention_op.Device) -> tuple[int, ...]:
     return attention_op.pool_shape(
-        num_layers,
+        model.layers_per_page,
         num_pages,
         page_size,
         model.num_key_value_heads,
@@ -84,18 +79,10 @@ def _pool_shape(
     )
 
 
-def slot_bytes(
-    model: ModelConfig, limits: Limits, dtype: jnp.dtype, kv_dtype: jnp.dtype, device: attention_op.Device
-) -> int:
-    """Bytes kept for all slots, whatever the number of pages: recurrent states, and rings of layers with windows."""
+def slot_bytes(model: ModelConfig, limits: Limits, dtype: jnp.dtype) -> int:
+    """Bytes kept for all slots, whatever the number of pages: recurrent states."""
     states = _state_shapes(model, limits.max_num_seqs, dtype)
-    rings = math.prod(_ring_shape(model, limits, device)) * kv_dtype.itemsize if model.windows_by_slot else 0
-    return rings + sum(math.prod(shape) * kind.itemsize for shape, kind in states)
-
-
-def _ring_shape(model: ModelConfig, limits: Limits, device: attention_op.Device) -> tuple[int, ...]:
-    num_pages = (limits.max_num_seqs + 1) * limits.ring_pages
-    return _pool_shape(model, model.num_ring_layers, num_pages, limits.page_size, device)
+    return sum(math.prod(shape) * kind.itemsize for shape, kind in states)
 
 
 def _state_shapes(model: ModelConfig, max_num_seqs: int, dtype: jnp.dtype) -> list[tuple[tuple[int, ...], jnp.dtype]]:

@@ -42,7 +42,8 @@ def find_scales(
     """
     num_tokens = min(_NUM_TOKENS, limits.max_model_len)
     num_pages = -(-num_tokens // limits.page_size)
-    limits = dataclasses.replace(limits, num_pages=num_pages, max_num_seqs=1)
+    num_groups = limits.page_groups.num
+    limits = dataclasses.replace(limits, num_pages=num_groups * num_pages, max_num_seqs=1)
     bucket = Bucket(num_tokens, 1, False)
     layout, lowered = program.lower(bucket, limits)
     compiled = lowered.compile(compiler_options=program.compiler_options(bucket))
@@ -53,7 +54,7 @@ def find_scales(
         put(_packed(layout, num_tokens, num_pages, program.model_config.vocab_size)),
     )
     pool = cache.pool.pages if isinstance(cache.pool, RecurrentCache) else cache.pool
-    return jax.jit(_scales, static_argnums=1, out_shardings=shapes.token_ids.sharding)(pool, num_pages)
+    return jax.jit(_scales, static_argnums=1, out_shardings=shapes.token_ids.sharding)(pool, limits.num_pages)
 
 
 def _packed(layout: BatchLayout, num_tokens: int, num_pages: int, vocab_size: int) -> np.ndarray:
@@ -63,7 +64,8 @@ def _packed(layout: BatchLayout, num_tokens: int, num_pages: int, vocab_size: in
     parts["token_ids"][:] = np.random.default_rng(0).integers(vocab_size, size=num_tokens)
     parts["query_starts"][1:] = num_tokens
     parts["stop_ids"][:] = -1
-    parts["page_table"][0, :num_pages] = np.arange(num_pages)
+    tables = parts["page_table"].reshape(layout.num_tables, -1)
+    tables[:, :num_pages] = np.arange(layout.num_tables * num_pages).reshape(layout.num_tables, -1)
     return packed
 
 

@@ -6,6 +6,10 @@ runner read it. What a checkpoint may leave open is decided by then. Never reads
 
 from dataclasses import dataclass, replace
 
+from jax_engine.page_groups import PageGroups
+
+#: Groups of a model's layers where all have windows; there is one more, which costs as much and only keeps token ids.
+_GROUPS_WITHOUT_FULL = 8
 #: Activation functions of feed-forward layers, by their names in Hugging Face configs; layers/mlp.py has them.
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 
@@ -121,7 +125,6 @@ class ModelConfig:
         mla: attention is latent; num_key_value_heads and head_dim are then those of the cache.
         delta: what the recurrent layers are.
         mxfp4_experts: the checkpoint has experts in blocks of four-bit numbers; they are unpacked as they are loaded.
-        windows_by_slot: layers with sliding windows keep their window only, by slot, not in pages.
         interleaved_rope: the checkpoint stores the two dimensions that turn together side by side.
     """
 
@@ -153,7 +156,6 @@ class ModelConfig:
     delta: DeltaConfig | None = None
     mxfp4_experts: bool = False
     interleaved_rope: bool = False
-    windows_by_slot: bool = False
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -188,23 +190,48 @@ class ModelConfig:
         return sum(layer.recurrent for layer in self.layers)
 
     @property
-    def num_ring_layers(self) -> int:
-        """Layers whose keys and values are in rings by slot."""
-        return sum(self.windows_by_slot and layer.sliding_window is not None for layer in self.layers)
+    def layers_per_page(self) -> int:
+        """Layers of a group: of whose keys and values a page holds a share.
+
+        All layers where these see the same. Else, so that contexts grow by no more than they must, as many as fill the
+        groups of layers that see everything; but not many more than there are layers with windows.
+        """
+        full, sliding = self._num_layers
+        if not sliding:
+            return full
+        return -(-full // max(1, round(full / sliding))) if full else -(-sliding // _GROUPS_WITHOUT_FULL)
 
     @property
-    def num_page_layers(self) -> int:
-        """Layers whose keys and values are in pages."""
-        return self.num_hidden_layers - self.num_recurrent_layers - self.num_ring_layers
+    def page_groups(self) -> PageGroups:
+        """The groups that layers with keys and values form; the last of a kind may have fewer layers than a page has
+        room for. Where all layers have windows, the first group has none: its pages keep the token ids."""
+        full, sliding = self._num_layers
+        if not sliding:
+            return PageGroups()
+        size = self.layers_per_page
+        window = max(layer.sliding_window or 0 for layer in self.layers)
+        return PageGroups(max(1, -(-full // size)), -(-sliding // size), window)
 
     @property
-    def places(self) -> tuple[int, ...]:
-        """For each layer, how many layers before it keep the same: pages, rings, or a state per sequence."""
-        kept = [(layer.recurrent, self.windows_by_slot and layer.sliding_window is not None) for layer in self.layers]
-        return tuple(kept[:index].count(kind) for index, kind in enumerate(kept))
+    def places(self) -> tuple[tuple[int, int], ...]:
+        """For each layer, its group and its number in it; of recurrent layers, their number among these."""
+        size, num_full, counts = self.layers_per_page, self.page_groups.num_full, [0, 0, 0]
+        places = []
+        for layer in self.layers:
+            kind = 2 if layer.recurrent else int(layer.sliding_window is not None)
+            number, counts[kind] = counts[kind], counts[kind] + 1
+            places.append((0, number) if kind == 2 else (kind * num_full + number // size, number % size))
+        return tuple(places)
 
-    def served(self, max_model_len: int, windows_by_slot: bool = False) -> "ModelConfig":
-        """The model for sequences of at most this length: LongRoPE turns by other angles where they may be long.
+    @property
+    def _num_layers(self) -> tuple[int, int]:
+        """Layers with keys and values: those that see everything, and those with windows."""
+        sliding = sum(layer.sliding_window is not None for layer in self.layers)
+        return len(self.layers) - self.num_recurrent_layers - sliding, sliding
+
+    def served(self, max_model_len: int) -> "ModelConfig":
+        """The model for sequences of at most this length: a window that holds them all is none, and LongRoPE turns by
+        other angles where they may be long.
 
         One choice for the whole run, as a cached key cannot be turned again when its sequence grows past the border.
         """
@@ -214,4 +241,8 @@ class ModelConfig:
             else rope
             for rope in self.ropes
         )
-        return replace(self, ropes=ropes, windows_by_slot=windows_by_slot)
+        layers = tuple(
+            replace(layer, sliding_window=None) if (layer.sliding_window or 0) >= max_model_len else layer
+            for layer in self.layers
+        )
+        return replace(self, ropes=ropes, layers=layers)

@@ -135,7 +135,7 @@ class ModelRunner:
         self.device_kind = devices[0].device_kind
         # A configuration that cannot work is told before weights are read.
         limits = resolve(config, self.model_config, platform=self.platform, num_pages=config.num_pages or 1)
-        self.model_config = self.model_config.served(limits.max_model_len, limits.ring_pages > 0)
+        self.model_config = self.model_config.served(limits.max_model_len)
         self._quantization = chosen_quantization(config.quantization, checkpoint)
         self._program = ModelProgram(
             self.model_config,
@@ -252,7 +252,7 @@ class ModelRunner:
         """Runs every program once without rows. The first launch of a CUDA graph builds it, which takes as long as a
         dozen steps; no request should wait for that."""
         for bucket in buckets(self.limits):
-            layout = BatchLayout(bucket, self.limits.max_pages_per_seq)
+            layout = BatchLayout.of(bucket, self.limits)
             for features in (Feature.NONE, Feature.RANDOM | Feature.PROMPT_LOGPROBS):
                 packed = np.zeros(layout.size, np.int32)
                 parts = layout.unpack(packed)
@@ -287,7 +287,7 @@ class ModelRunner:
     def _num_pages_that_fit(self, config: EngineConfig, devices: list[Any]) -> int:
         """As many pages as free memory holds, but no more than the sequences could ever use."""
         limits = resolve(config, self.model_config, platform=self.platform, num_pages=1)
-        useful = limits.max_num_seqs * limits.max_pages_per_seq
+        useful = limits.max_num_seqs * limits.full_pages
         if self.platform == "cpu":
             available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
             free = min(available // 4, _MAX_CPU_POOL_BYTES) // (len(devices) * config.data_parallel_size)
@@ -306,17 +306,18 @@ class ModelRunner:
 
     def _activation_bytes(self, limits: Limits) -> int:
         """Memory of the largest step beside its arguments, as the compiler reports it for a pool of one sequence."""
-        small = dataclasses.replace(limits, num_pages=limits.max_pages_per_seq)
+        small = dataclasses.replace(limits, num_pages=limits.full_pages)
         parts = largest_parts(limits)
         built = build({part: self._program.part(part, small) for part in parts}, self.platform, "program")
         return step_bytes(*(built[part] for part in parts))
 
     def _check_pool(self) -> None:
         limits = self.limits
-        if limits.num_pages * limits.page_size < limits.max_model_len:
+        if limits.num_pages < limits.full_pages:
             raise ConfigError(
                 f"the pool's {limits.num_pages} pages of {limits.page_size} tokens do not hold one sequence of "
-                f"max_model_len {limits.max_model_len}; lower max_model_len or give the pool more memory"
+                f"max_model_len {limits.max_model_len}, which takes {limits.full_pages}; lower max_model_len or give "
+                "the pool more memory"
             )
 
     def _compile(self) -> dict[Part, jax.stages.Compiled]:

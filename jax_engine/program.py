@@ -91,10 +91,10 @@ class ModelProgram:
         self.device = attention_op.Device(devices[0].platform, devices[0].device_kind)
         self.dtype = jnp.dtype(_dtype(dtype, self.device.platform))
         self.kv_dtype = jnp.dtype(_KV_DTYPES.get(kv_cache_dtype, self.dtype))
-        if self.kv_dtype == jnp.int8 and (model_config.mla is not None or model_config.windows_by_slot):
+        if self.kv_dtype == jnp.int8 and model_config.mla is not None:
             raise ConfigError(
-                f"kv_cache_dtype int8 needs keys and values in pages; {model_config.architecture} keeps "
-                f"{'latent keys only' if model_config.mla else 'windows by slot (window_cache)'}; take auto or fp8"
+                f"kv_cache_dtype int8 needs keys and values in pages; {model_config.architecture} keeps latent keys "
+                "only; take auto or fp8"
             )
         self._quantization = quantization
         self.mesh = make_mesh(devices)
@@ -133,13 +133,12 @@ class ModelProgram:
         return dataclasses.replace(checkpoint, tensors=tensors)
 
     def page_bytes(self, page_size: int) -> int:
-        """Bytes of one page of the KV cache over all layers, on each device."""
+        """Bytes of one page of the KV cache, on each device."""
         return page_bytes(share_of(self._placed_config, self.mesh), page_size, self.kv_dtype, self.device)
 
     def slot_bytes(self, limits: Limits) -> int:
         """Bytes of the cache that do not depend on the number of pages, on each device."""
-        model = share_of(self._placed_config, self.mesh)
-        return slot_bytes(model, limits, self.dtype, self.kv_dtype, self.device)
+        return slot_bytes(share_of(self._placed_config, self.mesh), limits, self.dtype)
 
     def cache_shapes(self, limits: Limits) -> KVCache:
         """The cache's arrays, with their places, as jax.ShapeDtypeStructs.
@@ -153,8 +152,9 @@ class ModelProgram:
 
     def lower(self, bucket: Bucket, limits: Limits) -> tuple[BatchLayout, jax.stages.Lowered]:
         """The model's program of a bucket, ready to be compiled; it takes step.compute's arguments from weights on."""
-        layout = BatchLayout(bucket, limits.max_pages_per_seq)
-        function = functools.partial(compute, self._graph, layout, limits.page_size, limits.ring_pages, self.device)
+        assert self.model_config.page_groups == limits.page_groups, "limits of another model, or it is not `served`"
+        layout = BatchLayout.of(bucket, limits)
+        function = functools.partial(compute, self._graph, layout, limits.page_size, self.device)
         cache = self.cache_shapes(limits)
         arguments = (nested(self._abstract_weights()), cache, self._placed(_ints(layout.size)))
         return layout, self._lower(function, arguments, donate=1, results=(_places(cache), self.replicated))
@@ -179,7 +179,7 @@ class ModelProgram:
 
     def _lower_sampler(self, part: Part, limits: Limits) -> jax.stages.Lowered:
         num_seqs, vocab_size = part.bucket.num_seqs, self.model_config.vocab_size
-        layout = BatchLayout(part.bucket, limits.max_pages_per_seq)
+        layout = BatchLayout.of(part.bucket, limits)
         cache = self.cache_shapes(limits)
         logits = jax.ShapeDtypeStruct((num_seqs, vocab_size), jnp.float32)
         arguments = (cache.last_tokens, *self._placed((_ints(layout.size), logits)))

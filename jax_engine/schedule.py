@@ -61,7 +61,7 @@ class Schedule(NamedTuple):
     num_tokens: int
     bucket: Bucket | None  # the compiled size; None without rows
     admitted: list[Sequence]  # sequences that were given a slot for this step
-    grown: list[tuple[Sequence, int, list[int]]]  # pages added: to whom, index of the first in its table, ids
+    grown: list[tuple[Sequence, int, list[int]]]  # new in page tables: whose, column of the first, ids
     preempted: list[Preemption]
     swapped_out: list[PageCopy]
     swapped_in: list[PageCopy]

@@ -30,7 +30,8 @@ class Scheduler:
 
     def __init__(self, limits: Limits, policy: str = "fcfs"):
         self.limits = limits
-        self.pool = PagePool(limits.num_pages, limits.page_size, limits.enable_prefix_caching)
+        groups, step_tokens = limits.page_groups, limits.max_num_batched_tokens
+        self.pool = PagePool(limits.num_pages, limits.page_size, limits.enable_prefix_caching, groups, step_tokens)
         self.swap_space = SwapSpace(limits)
         self.step_time = StepTime(limits.token_buckets)
         self._policy = POLICIES[policy](limits)  # the line of those who wait
@@ -73,7 +74,7 @@ class Scheduler:
         Raises:
             InvalidRequest: it could not run even alone.
         """
-        longest = min(self.limits.max_model_len, self.limits.num_pages * self.limits.page_size)
+        longest = min(self.limits.max_model_len, self.limits.most_tokens(self.limits.num_pages))
         if sequence.num_prompt_tokens >= longest:
             raise InvalidRequest(
                 f"the prompt has {sequence.num_prompt_tokens} tokens; prompt and output together may have {longest}",
@@ -122,8 +123,10 @@ class Scheduler:
         if self._prefilling or len(self._policy):
             budget = self._prompt_budget(work.rows)
             for sequence in list(self._prefilling):
+                if sequence not in self._prefilling:
+                    continue  # it gave way to one before it
                 if budget and len(sequence.token_ids) - sequence.num_computed > 1:
-                    budget -= self._take(sequence, budget, work.rows, chunks)
+                    budget -= self._take(sequence, budget, work, chunks)
                 elif len(sequence.token_ids) == sequence.num_computed:
                     del self._prefilling[sequence]
             self._admit(budget, work, chunks)
@@ -140,7 +143,7 @@ class Scheduler:
 
     def _schedule_decodes(self, work: Schedule) -> None:
         """One token for every running sequence that lacks just one."""
-        page_size, rows = self.limits.page_size, work.rows
+        rows = work.rows
         charge = self._policy.charge if self._policy.charges else None
         for sequence in list(self._running):
             start = sequence.num_computed
@@ -148,7 +151,7 @@ class Scheduler:
             # A victim of this very step lacks all its tokens, which are more than one.
             if num_tokens - start != 1 or num_tokens >= sequence.max_tokens_total:
                 continue
-            if start >= len(sequence.pages) * page_size and not self._make_room(sequence, work):
+            if start >= sequence.num_places and not self._make_room(sequence, work, []):
                 continue
             rows.append(make_row((sequence, start, 1, True)))
             sequence.num_computed = start + 1
@@ -170,22 +173,23 @@ class Scheduler:
             budget = self.step_time.largest(limits.max_decode_gap_s, num_decodes, budget, start, pairs)
         return fill(limits, num_decodes, budget) if limits.fill_buckets else budget
 
-    def _make_room(self, sequence: Sequence, work: Schedule) -> bool:
-        """Gives a running sequence one more page, if need be at the cost of one that ranks behind it."""
-        while not self.pool.num_free:
+    def _make_room(self, sequence: Sequence, work: Schedule, chunks: list[Row]) -> bool:
+        """Gives a running sequence the pages of its next token, if need be at the cost of one that ranks behind it."""
+        count = max(len(sequence.pages), self.pool.pages_for(sequence.num_computed + 1))
+        while self.pool.price(sequence, count) > self.pool.num_free:
             if any(leaving.pages for leaving in self._leaving):
                 return False  # pages come back with a step in flight; no need to take anybody's
-            victim = self._victim(sequence, work)
+            victim = self._victim(sequence, work.rows + chunks)
             if victim is None:
                 return False
             self._preempt(victim, sequence, work)
-        self._grow(sequence, 1, work)
+        self._grow(sequence, count, work)
         return True
 
-    def _victim(self, sequence: Sequence, work: Schedule) -> Sequence | None:
+    def _victim(self, sequence: Sequence, rows: list[Row]) -> Sequence | None:
         """Who gives way to a sequence: of those ranked behind it, the least entitled, then the cheapest to bring back,
         then the last to come. The first in rank is never a victim, so the engine always gets on."""
-        rank, level, scheduled = self._policy.rank, self._policy.level, {row.sequence for row in work.rows}
+        rank, level, scheduled = self._policy.rank, self._policy.level, {row.sequence for row in rows}
         own = rank(sequence)
         behind = [other for other in self._running if other not in scheduled and rank(other) > own]
         if not behind:
@@ -195,16 +199,30 @@ class Scheduler:
         return min((other for other in behind if level(other) == lowest), key=lambda other: (cost(other), -other.order))
 
     def _grow(self, sequence: Sequence, count: int, work: Schedule) -> None:
-        first = len(sequence.pages)
-        work.grown.append((sequence, first, self.pool.grow(sequence, count)))
+        width = self.limits.max_pages_per_seq
+        for group, first, pages in self.pool.grow(sequence, count):
+            work.grown.append((sequence, group * width + first, pages))
 
-    def _take(self, sequence: Sequence, budget: int, singles: list[Row], chunks: list[Row]) -> int:
-        """Schedules as much of the sequence's gap as the budget allows; its pages are there. Returns the tokens."""
+    def _cover(self, sequence: Sequence, count: int, work: Schedule, chunks: list[Row]) -> int:
+        """How many of a running sequence's next `count` tokens have pages, in sliding groups too when their windows
+        have moved on as far as they can."""
+        start, pool = sequence.num_computed, self.pool
+        if start + count > sequence.num_places:
+            if pool.price(sequence, len(sequence.pages)) <= pool.num_free:
+                self._grow(sequence, len(sequence.pages), work)
+            elif start >= sequence.num_places and not self._make_room(sequence, work, chunks):
+                return 0
+        return min(count, sequence.num_places - start)
+
+    def _take(self, sequence: Sequence, budget: int, work: Schedule, chunks: list[Row]) -> int:
+        """Schedules as much of the sequence's gap as budget and pages allow. Returns the tokens."""
         start = sequence.num_computed
         gap = len(sequence.token_ids) - start
-        count = min(gap, budget)
+        count = self._cover(sequence, min(gap, budget), work, chunks)
+        if not count:
+            return 0
         row = Row(sequence, start, count, count == gap)
-        (singles if count == 1 else chunks).append(row)
+        (work.rows if count == 1 else chunks).append(row)
         if self._policy.charges:
             new = min(start + count, sequence.num_prompt_tokens) - max(start, sequence.num_reached)
             self._policy.charge(sequence, max(0, new), int(row.samples))
@@ -237,37 +255,39 @@ class Scheduler:
             self._running[sequence] = None
             self._prefilling[sequence] = None
             work.admitted.append(sequence)
-            budget -= self._take(sequence, budget, work.rows, chunks)
+            budget -= self._take(sequence, budget, work, chunks)
         # A static batch stays open only while nothing but the budget of one step keeps others from joining.
         self._batch_is_closed = no_room or not self._free_slots or not len(self._policy)
 
     def _give_pages(self, sequence: Sequence, work: Schedule) -> bool:
         """Gives a waiting sequence pages for all its tokens, if there are enough, and says what of it is computed.
 
-        All pages of what is known are taken at once, so a prefill never stalls half-way; one page for each running
-        sequence stays free, so that joining does not at once lead to preemption.
+        All pages of what is known are taken at once, in sliding groups of what the first step can add to the window, so
+        a prefill does not stall half-way; a page of each group for each running sequence stays free, so that joining
+        does not at once lead to preemption.
         """
-        pool, reserve = self.pool, len(self._running)
+        pool, width = self.pool, self.limits.max_pages_per_seq
+        reserve = len(self._running) * pool.groups.num
         if pool.num_free <= reserve:
             return False
         # At least one token is computed, for its logits; and every prompt token once that is to be judged.
         most = len(sequence.token_ids) - 1
         found = pool.match(sequence, min(most, sequence.num_reached) if sequence.scores_prompt else most)
-        num_new = pool.pages_for(len(sequence.token_ids)) - len(found)
-        if num_new + pool.num_free_among(found) + reserve > pool.num_free:
+        count, num_found = pool.pages_for(len(sequence.token_ids)), len(found[0])
+        start = num_found * self.limits.page_size
+        comes_back = sequence.swap is not None and sequence.num_swapped > start
+        start = sequence.num_swapped if comes_back else start
+        if pool.price_to_join(found, count, start) + reserve > pool.num_free:
             return False
         pool.share(sequence, found)
-        sequence.num_computed = len(found) * self.limits.page_size
+        sequence.num_computed = start
         if sequence.num_cached is None:
-            sequence.num_cached = sequence.num_computed
-        new = pool.grow(sequence, num_new)
-        work.grown.append((sequence, 0, list(sequence.pages)))
-        if sequence.swap is not None:
-            if sequence.num_swapped > sequence.num_computed:
-                num_kept = pool.pages_for(sequence.num_swapped) - len(found)
-                work.swapped_in.append(PageCopy(sequence.swap, len(found), new[:num_kept]))
-                sequence.num_computed = sequence.num_swapped
-            self._drop_swap(sequence)
+            sequence.num_cached = num_found * self.limits.page_size
+        pool.grow(sequence, count)
+        work.grown.extend((sequence, group * width, pages) for group, pages in enumerate(pool.shown(sequence)))
+        if comes_back:
+            work.swapped_in.extend(self.swap_space.copies_back(sequence, num_found))
+        self._drop_swap(sequence)
         return True
 
     def _preempt(self, sequence: Sequence, beneficiary: Sequence, work: Schedule) -> None:
@@ -392,9 +412,11 @@ class Scheduler:
         assert sorted(slots + self._free_slots) == list(range(self.limits.max_num_seqs)), "slots lost or given twice"
         for sequence in holders:
             assert 0 <= sequence.num_pending <= sequence.num_inflight_steps <= self.limits.max_inflight_steps
-            assert sequence.num_computed <= len(sequence.pages) * self.limits.page_size, "computed without a page"
+            assert sequence.num_computed <= sequence.num_places, "computed without a page"
         for sequence in self._running:
             assert sequence.status is Status.RUNNING
+            still_seen = self.limits.page_groups.first_kept(sequence.num_computed, self.limits.page_size)
+            assert sequence.num_dropped <= still_seen, "a page was given back that is still looked at"
             assert sequence.num_computed <= sequence.num_tokens <= sequence.max_tokens_total
         for sequence in self._leaving:
             assert sequence.num_inflight_steps > 0 and sequence.status is not Status.RUNNING

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 
 from jax_engine.request import FinishReason, Request
 
+#: In a table: a page that the sequence no longer looks at, and does not hold.
+NO_PAGE = -1
+
 
 class Status(enum.Enum):
     """WAITING holds no slot; RUNNING holds a slot and pages; FINISHED will be given no more work."""
@@ -43,8 +46,11 @@ class Sequence:
         num_cached: prompt tokens that were found in the cache when the sequence first got a slot; None before.
         swap: where in the host's swap space its first num_swapped tokens are kept; None: nowhere.
     Written by the page pool:
-        pages: ids of the pages that hold positions [0, len(pages) * page_size).
-        num_indexed: how many of them, from the first on, were offered to the index; these are never written again.
+        tables: for each group of layers (see PageGroups), ids of the pages that hold positions [0, len * page_size);
+            NO_PAGE for those that have been given back. pages: the first of them, which is the longest.
+        num_places: positions for which every table has a page.
+        num_dropped: how many pages of each sliding group, from the first on, have been given back.
+        num_indexed: how many pages, from the first on, were offered to the index; these are never written again.
         digests: what the pool computes once about the tokens.
     """
 
@@ -68,13 +74,17 @@ class Sequence:
     num_preemptions: int = 0
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
-    pages: list[int] = field(default_factory=list)
+    tables: list[list[int]] = field(default_factory=lambda: [[]])
+    pages: list[int] = field(init=False)
+    num_places: int = 0
+    num_dropped: int = 0
     num_indexed: int = 0
     digests: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
+        self.pages = self.tables[0]
 
     @property
     def num_tokens(self) -> int:

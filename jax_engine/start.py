@@ -92,7 +92,7 @@ def _step_log(config: EngineConfig, runner: ModelRunner, number: int) -> StepLog
 
 def _describe(config: EngineConfig, runner: ModelRunner) -> None:
     limits = runner.limits
-    tokens = limits.num_pages * limits.page_size
+    tokens = limits.tokens_in(limits.num_pages)
     _log.info(
         "%d replica(s) of %s on %s (%s), %s, weights %.2f GiB",
         config.data_parallel_size,

@@ -17,7 +17,6 @@ from jax_engine.batch import FLOAT_FIELDS, INT_FIELDS, Adjustments, BatchLayout
 from jax_engine.constraints import Constraints
 from jax_engine.kv_cache import KVCache
 from jax_engine.layers.context import StepContext
-from jax_engine.layers.window_cache import ring_table
 from jax_engine.sampler import SamplerOutput, SamplingInputs, greedy, sample, token_logprobs
 from pallas_kernels.ragged_paged_attention import api as attention_op
 
@@ -44,7 +43,6 @@ def compute(
     graph: nnx.GraphDef,
     layout: BatchLayout,
     page_size: int,
-    ring_pages: int,
     device: attention_op.Device,
     weights: Any,
     cache: KVCache,
@@ -53,9 +51,8 @@ def compute(
     """Computes the batch's tokens, and the logits of the last of each row.
 
     Args:
-        graph: the model without its weights. layout: of `packed`. page_size: tokens in a page.
-        ring_pages: pages of a slot's ring, 0 where layers with windows have none.
-        device: what the program is for. All of these are static.
+        graph: the model without its weights. layout: of `packed`. page_size: tokens in a page. device: what the
+            program is for. All of these are static.
         weights: the model's weights as plain dicts.
         cache: donated; comes back updated.
         packed: see BatchLayout.
@@ -64,9 +61,10 @@ def compute(
     parts = layout.unpack(packed)
     num_single, _ = parts["scalars"]
     ended = ended_rows(parts, cache.last_tokens)
-    move_to_one_key(parts, ended, page_size)
+    move_to_one_key(parts, ended, layout, page_size)
     query_starts = parts["query_starts"]
-    plan, ring_plan = plans(layout, page_size, ring_pages, device, parts, ended, cache, model.config.mla is not None)
+    group_plans = plans(layout, page_size, device, parts, ended, cache, model.config.mla is not None)
+    plan = group_plans[0]
     ids = parts["token_ids"]
     ids = jnp.where(ids >= 0, ids, cache.last_tokens[jnp.maximum(-1 - ids, 0)])
     places = jnp.where(plan.slots >= 0, plan.slots, cache.token_ids.size)  # past the end: dropped
@@ -77,7 +75,7 @@ def compute(
         query_starts,
         num_single,
         layout.bucket.decode_only,
-        ring_plan,
+        group_plans,
         device.platform,
         cache.kv_scales,
     )
@@ -123,7 +121,7 @@ def choose(
         adjustments, constraints: see Batch; the grammars' masks are among the constraints.
     """
     parts = layout.unpack(rows)
-    sampled = sample(logits, _sampling_inputs(parts, token_ids, page_size, adjustments, constraints))
+    sampled = sample(logits, _sampling_inputs(layout, parts, token_ids, page_size, adjustments, constraints))
     return last_tokens.at[parts["slots"]].set(sampled.tokens), sampled
 
 
@@ -151,14 +149,13 @@ def _rows(
 def plans(
     layout: BatchLayout,
     page_size: int,
-    ring_pages: int,
     device: attention_op.Device,
     parts: dict[str, Array],
     ended: Bool[Array, " B"],
     cache: KVCache,
     keys_only: bool,
-) -> tuple[attention_op.Plan, attention_op.Plan | None]:
-    """Where the step's tokens are written and what they attend to: in pages, and in rings where there are any.
+) -> tuple[attention_op.Plan, ...]:
+    """Where the step's tokens are written and what they attend to, in the pages of each group of layers.
 
     Args:
         ended: rows that write nothing. keys_only: the pool has no values of its own. The others: see `compute`.
@@ -167,11 +164,11 @@ def plans(
     lengths = parts["starts"] + query_starts[1:] - query_starts[:-1]
     num_single, _ = parts["scalars"]
 
-    def make_plan(page_table: Int[Array, "B P"], num_pages: int) -> attention_op.Plan:
+    def make_plan(page_table: Int[Array, "B P"]) -> attention_op.Plan:
         made = attention_op.plan(
             attention_op.Ragged(page_table, lengths, query_starts, num_single),
             num_tokens=layout.bucket.num_tokens,
-            num_pages=num_pages,
+            num_pages=cache.token_ids.size // page_size,
             page_size=page_size,
             decode_only=layout.bucket.decode_only,
             device=device,
@@ -179,11 +176,7 @@ def plans(
         )
         return replace(made, slots=jnp.where(ended[made.rows], -1, made.slots))
 
-    plan = make_plan(parts["page_table"], cache.token_ids.size // page_size)
-    if not ring_pages:
-        return plan, None
-    rings = ring_table(parts["slots"], layout.max_pages_per_seq, ring_pages)
-    return plan, make_plan(rings, cache.last_tokens.size * ring_pages)
+    return tuple(map(make_plan, jnp.split(parts["page_table"], layout.num_tables, axis=1)))
 
 
 def ended_rows(parts: dict[str, Array], last_tokens: Int[Array, " slots"]) -> Bool[Array, " B"]:
@@ -196,19 +189,23 @@ def ended_rows(parts: dict[str, Array], last_tokens: Int[Array, " slots"]) -> Bo
     return is_row & (first < 0) & (stops | (last < 0))
 
 
-def move_to_one_key(parts: dict[str, Array], ended: Bool[Array, " B"], page_size: int) -> None:
+def move_to_one_key(parts: dict[str, Array], ended: Bool[Array, " B"], layout: BatchLayout, page_size: int) -> None:
     """Lets ended rows stand at position 0, where there is one key to attend to, of the page they stood in.
 
     That page is their sequence's alone. Page 0 of the sequence may be shared, and not every kernel can be told to
     write nothing.
     """
-    table, starts = parts["page_table"], parts["starts"]
-    own = jnp.take_along_axis(table, jnp.minimum(starts // page_size, table.shape[1] - 1)[:, None], axis=1)[:, 0]
-    parts["page_table"] = table.at[:, 0].set(jnp.where(ended, own, table[:, 0]))
+    starts, width = parts["starts"], layout.max_pages_per_seq
+    column = jnp.minimum(starts // page_size, width - 1)[:, None]
+    for first in range(0, layout.num_tables * width, width):
+        table = parts["page_table"]
+        own = jnp.take_along_axis(table, first + column, axis=1)[:, 0]
+        parts["page_table"] = table.at[:, first].set(jnp.where(ended, own, table[:, first]))
     parts["starts"] = jnp.where(ended, 0, starts)
 
 
 def _sampling_inputs(
+    layout: BatchLayout,
     parts: dict[str, Array],
     token_ids: Int[Array, " places"],
     page_size: int,
@@ -229,7 +226,7 @@ def _sampling_inputs(
         seed=jax.lax.bitcast_convert_type(seed, jnp.uint32),
         position=parts["starts"] + query_starts[1:] - query_starts[:-1],
         token_ids=token_ids,
-        page_table=parts["page_table"],
+        page_table=parts["page_table"][:, : layout.max_pages_per_seq],
         page_size=page_size,
         adjust_ids=adjustments.ids,
         adjust_values=adjustments.values,

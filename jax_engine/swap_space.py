@@ -6,6 +6,7 @@ The scheduler calls it; the pages themselves are copied by the runner. Never tou
 import math
 
 from jax_engine.config import Limits
+from jax_engine.schedule import PageCopy
 from jax_engine.sequence import Sequence
 
 #: Pages are copied, and kept in host memory, in groups of this many.
@@ -51,12 +52,25 @@ class SwapSpace:
         return mode == "swap" or swap < self.seconds_to_recompute(sequence)
 
     def take(self, sequence: Sequence) -> tuple[int, list[int]]:
-        """Reserves room for what the sequence has computed. Returns the ticket, and the pages to copy."""
-        pages = sequence.pages[: self._num_pages(sequence)]
+        """Reserves room for what the sequence has computed and still looks at. Returns the ticket, and the pages to
+        copy: those of the first group, then of the next."""
+        kept = zip(sequence.tables, self._kept(sequence.num_computed), strict=True)
+        pages = [page for table, (first, end) in kept for page in table[first:end]]
         self._num_tickets += 1
         self._sizes[self._num_tickets] = _rounded(len(pages))
         self._num_used += _rounded(len(pages))
         return self._num_tickets, pages
+
+    def copies_back(self, sequence: Sequence, num_found: int) -> list[PageCopy]:
+        """What to copy to the sequence's pages, but for the first `num_found`, which hold it already."""
+        assert sequence.swap is not None
+        copies, offset = [], 0
+        for table, (first, end) in zip(sequence.tables, self._kept(sequence.num_swapped), strict=True):
+            missing = max(first, num_found)
+            if missing < end:
+                copies.append(PageCopy(sequence.swap, offset + missing - first, table[missing:end]))
+            offset += end - first
+        return copies
 
     def give_back(self, ticket: int) -> None:
         """Frees the room of a ticket."""
@@ -72,7 +86,13 @@ class SwapSpace:
         assert self._num_used == sum(self._sizes.values()) <= self.limits.num_swap_pages
 
     def _num_pages(self, sequence: Sequence) -> int:
-        return -(-sequence.num_computed // self.limits.page_size)
+        return self.limits.page_groups.num_kept(sequence.num_computed, self.limits.page_size)
+
+    def _kept(self, num_tokens: int) -> list[tuple[int, int]]:
+        """For each group of layers, which pages hold what is needed of so many tokens: first, and end."""
+        groups, page_size = self.limits.page_groups, self.limits.page_size
+        end, first = -(-num_tokens // page_size), groups.first_kept(num_tokens, page_size)
+        return [(0, end)] * groups.num_full + [(first, end)] * groups.num_sliding
 
 
 def _rounded(num_pages: int) -> int:

@@ -60,7 +60,7 @@ class FaultyRunner(FakeRunner):
 
     def dispatch(self, batch):
         """Computes a step, or fails as a token in it says."""
-        parts = BatchLayout(batch.bucket, self.limits.max_pages_per_seq).unpack(batch.packed)
+        parts = BatchLayout.of(batch.bucket, self.limits).unpack(batch.packed)
         tokens = set(parts["token_ids"].tolist())
         time.sleep(self.step_s)
         if RAISE in tokens:

@@ -22,13 +22,25 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEDULER, POOL, SWAP = (f"jax_engine/{name}.py" for name in ("scheduler", "page_pool", "swap_space"))
+GROUPS = "jax_engine/page_groups.py"
 POLICIES, BUCKETS, STEP_TIME = (f"jax_engine/{name}.py" for name in ("policies", "buckets", "step_time"))
 #: Tests without a model; those that need one are named where nobody else could notice.
 QUICK = tuple(
     f"tests/test_{name}.py"
-    for name in ("scheduler", "policies", "request_queue", "prefix_cache", "preemption", "scheduler_machine")
+    for name in (
+        "scheduler",
+        "policies",
+        "request_queue",
+        "prefix_cache",
+        "preemption",
+        "scheduler_machine",
+        "page_groups",
+    )
 )
-WITH_MODEL = "one_bucket or bit_for_bit or real_pool or poisoned or every_request or change_no_bit"
+WITH_MODEL = (
+    "one_bucket or bit_for_bit or real_pool or poisoned or every_request or change_no_bit "
+    "or gemma or gpt_oss or mistral or smollm"
+)
 POISONED = ("tests/test_prefix_cache.py::test_a_poisoned_page_fails_one_request_and_is_not_used_again",)
 #: A test that hangs has noticed too.
 PATIENCE_S = 120
@@ -51,7 +63,7 @@ class Mutation(NamedTuple):
 
 
 MUTATIONS = (
-    Mutation("a token over the budget", SCHEDULER, "count = min(gap, budget)", "count = min(gap, budget + 1)"),
+    Mutation("a token over the budget", SCHEDULER, "min(gap, budget), work", "min(gap, budget + 1), work"),
     Mutation("prompts before decodes", SCHEDULER, "        self._schedule_decodes(work)\n        if", "        if"),
     Mutation(
         "decodes past the limit",
@@ -64,18 +76,13 @@ MUTATIONS = (
     ),
     Mutation("pending tokens stay pending", SCHEDULER, "                sequence.num_pending -= 1\n", ""),
     Mutation("a slot is lost", SCHEDULER, "        self._free_slots.append(sequence.slot)\n", ""),
-    Mutation("a page is lost", POOL, "in reversed(sequence.pages):", "in reversed(sequence.pages[:-1]):"),
-    Mutation(
-        "sharing without a reference",
-        POOL,
-        "            self._references[page] += 1\n        sequence",
-        "        sequence",
-    ),
+    Mutation("a page is lost", POOL, "in reversed(list(zip_longest", "in reversed(list(zip"),
+    Mutation("sharing without a reference", POOL, "self._references[page] += 1", "pass"),
     Mutation(
         "a partly filled page is shared",
         POOL,
         "sequence.num_indexed, num_tokens // self",
-        "sequence.num_indexed, -(-num_tokens) // self",
+        "sequence.num_indexed, (num_tokens + 1) // self",
     ),
     Mutation(
         "a page is found before it is written",
@@ -89,12 +96,24 @@ MUTATIONS = (
         "        if sequence.num_inflight_steps:\n            self._leaving",
         "        if False:\n            self._leaving",
     ),
-    Mutation("a found page is not verified", POOL, "if contents != expected:", "if False:"),
+    Mutation(
+        "a found page is not verified", POOL, "return page if self._contents[page] == expected else None", "return page"
+    ),
     Mutation("salts are ignored", POOL, 'b"" if salt is None else self._hash(salt.encode(), b"salt")', 'b""'),
     Mutation("the latest page is evicted", POOL, "popitem(last=False)", "popitem(last=True)"),
     Mutation(
-        "a prompt's first page is evicted first", POOL, "in reversed(sequence.pages):", "in list(sequence.pages):"
+        "a prompt's first page is evicted first", POOL, "in reversed(list(zip_longest", "in iter(list(zip_longest"
     ),
+    Mutation("a window gives back what is seen", GROUPS, "num_tokens - self.window + 1", "num_tokens + 1"),
+    Mutation("windows give nothing back", POOL, "range(dropped, min(first, len(table)))", "range(0)"),
+    Mutation("a beginning is found without its window", POOL, "while number >= self", "while number > number + self"),
+    Mutation(
+        "a page serves another group", POOL, "return digest + bytes((group,)) if group else digest", "return digest"
+    ),
+    Mutation(
+        "pages that windows gave back stay in the index", POOL, "range(min(sequence.num_dropped, ", "range(min(0, "
+    ),
+    Mutation("tokens without a page", SCHEDULER, "return min(count, sequence.num_places - start)", "return count"),
     Mutation(
         "no token is left to compute",
         SCHEDULER,
@@ -107,15 +126,13 @@ MUTATIONS = (
         "min(most, sequence.num_reached) if sequence.scores_prompt else most",
         "most",
     ),
-    Mutation(
-        "found pages count as free", SCHEDULER, "num_new + pool.num_free_among(found) + reserve", "num_new + reserve"
-    ),
-    Mutation("no reserve for those who run", SCHEDULER, "self.pool, len(self._running)", "self.pool, 0"),
+    Mutation("found pages count as free", POOL, "return num_free + self._num_new", "return self._num_new"),
+    Mutation("no reserve for those who run", SCHEDULER, "len(self._running) * pool.groups.num", "0"),
     Mutation("a bad page stays in the index", SCHEDULER, "self.pool.forget(sequence)", "pass", POISONED),
     Mutation("anybody gives way", SCHEDULER, "and rank(other) > own]", "and other is not sequence]"),
     Mutation("the dearest to bring back gives way", SCHEDULER, "(cost(other), -other.order)", "-other.order"),
     Mutation("who gave way comes back at once", SCHEDULER, "if work.preempted or (self", "if (self"),
-    Mutation("swapped pages come back elsewhere", SCHEDULER, "swap, len(found), new[", "swap, 0, new["),
+    Mutation("swapped pages come back elsewhere", SWAP, "offset + missing - first, table", "offset, table"),
     Mutation("swap space is lost", SCHEDULER, "            self.swap_space.give_back(sequence.swap)\n", ""),
     Mutation("swap space is overdrawn", SWAP, "if size <= self.num_free else math.inf", "if True else math.inf"),
     Mutation("the dearer way back", SWAP, "or swap < self.sec", "or swap > self.sec"),

@@ -89,7 +89,7 @@ def test_every_architecture_gives_the_golden_answers(architecture, size):
         max_num_seqs=3,
         token_buckets=(64,),
         decode_buckets=(),
-        num_pages=40,
+        num_pages=280,
     )
     check_golden(modes, architecture)
 
@@ -103,7 +103,7 @@ def test_whole_experts_on_each_device_give_the_golden_answers(architecture):
         max_num_seqs=3,
         token_buckets=(64,),
         decode_buckets=(),
-        num_pages=40,
+        num_pages=280,
     )
     gate_up = modes.runner.weights["layers"][0]["mlp"]["gate_up"]
     assert gate_up.sharding.shard_shape(gate_up.shape)[0] == gate_up.shape[0] // 2

@@ -37,25 +37,33 @@ class Scale(nnx.Module):
         self.weight = declare((size, size), jnp.dtype(jnp.float32), (None, None))
         self.sign = sign
 
-    def __call__(self, x, places, place):
-        return self.sign * linear.matmul(x, self.weight), places * 10 + place
+    def __call__(self, x, order, context, place):
+        """`order` takes down which page of its group each layer saw, and its place."""
+        return self.sign * linear.matmul(x, self.weight), order * 100 + context.plan.slots[0] * 10 + place
 
 
 @pytest.mark.parametrize("unroll", [True, False])
 def test_layers_of_several_kinds_run_in_their_order(unroll):
-    signs = [1, -1, -1, 1, -1]
+    signs = [1, -1, -1, 1]
     rng = np.random.default_rng(1)
     matrices = [rng.standard_normal((4, 4)).astype(np.float32) for _ in signs]
     layers = [Scale(sign, 4) for sign in signs]
     for layer, matrix in zip(layers, matrices, strict=True):
         layer.weight.set_value(jnp.asarray(matrix))
     x = rng.standard_normal((3, 4)).astype(np.float32)
-    got, order = run_layers(layers, (jnp.asarray(x), jnp.int32(0)), places=[0, 5, 1, 2, 7], unroll=unroll)
+    one = jnp.ones(1, jnp.int32)
+    starts = jnp.arange(2, dtype=jnp.int32)
+    tables = (jnp.full((1, 1), page, jnp.int32) for page in (3, 4))
+    ragged = (Ragged(table, one, starts, one[0]) for table in tables)
+    plans = tuple(plan(rows, num_tokens=1, num_pages=8, page_size=1) for rows in ragged)
+    context = StepContext(plans[0], 0 * one, starts, one[0], False, plans)
+    places = [(0, 0), (1, 5), (0, 1), (1, 2)]
+    got, order = run_layers(layers, (jnp.asarray(x), jnp.int32(0)), context, places=places, unroll=unroll)
     want = x
     for sign, matrix in zip(signs, matrices, strict=True):
         want = sign * want @ matrix.T
     np.testing.assert_allclose(got, want, rtol=1e-5)
-    assert int(order) == 5127
+    assert int(order) == 30453142
 
 
 DELTA = DeltaConfig(num_key_heads=2, num_value_heads=4, key_dim=6, value_dim=5, width=4)

@@ -117,7 +117,7 @@ def test_ended_rows_are_those_whose_pending_token_ends_them():
         last_tokens = jnp.asarray([3, 4, -1, 3, 0])  # EOS, another, NaN, EOS
         parts = layout.unpack(jnp.asarray(packed))
         ended = ended_rows(parts, last_tokens)
-        move_to_one_key(parts, ended, limits.page_size)
+        move_to_one_key(parts, ended, layout, limits.page_size)
         got, starts, pages = (np.asarray(array) for array in (ended, parts["starts"], parts["page_table"][:, 0]))
     assert got.tolist() == [True, False, True, True]
     # They stand in the page they stood in, which is the second here, and never in the first, which others may share.

@@ -4,6 +4,8 @@ The fake device keeps the tokens that steps write at their places and derives ea
 lost, shared by mistake, found under a wrong text, given away too early or brought back wrongly changes an answer.
 """
 
+import dataclasses
+
 import pytest
 from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import (
@@ -16,6 +18,7 @@ from hypothesis.stateful import (
 )
 
 from jax_engine.batch import BatchBuilder
+from jax_engine.page_groups import PageGroups
 from jax_engine.request import FinishReason, Request
 from jax_engine.sampling_params import SamplingParams
 from jax_engine.scheduler import Scheduler
@@ -29,7 +32,10 @@ BEGINNINGS = ([], [5] * 8, [5] * 8 + [7] * 12, list(range(20)))
 configurations = st.fixed_dictionaries(
     {
         "max_inflight_steps": st.integers(1, 4),
-        "num_pages": st.integers(16, 32),
+        "page_groups": st.sampled_from(
+            [PageGroups(), PageGroups(), PageGroups(1, 1, 6), PageGroups(1, 3, 3), PageGroups(2, 1, 13)]
+        ),
+        "spare_pages": st.integers(0, 16),  # beside those of the longest sequence
         "scheduling": st.sampled_from(["static", "async", "async"]),
         "max_num_batched_tokens": st.integers(4, 16),
         "decode_buckets": st.sampled_from([(), (1, 2, 4)]),
@@ -53,7 +59,9 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @initialize(options=configurations, policy=st.sampled_from(["fcfs", "priority", "fair", "slo"]))
     def start(self, options, policy):
-        self.limits = make_limits(**options)
+        spare_pages = options.pop("spare_pages")
+        limits = make_limits(**options)
+        self.limits = dataclasses.replace(limits, num_pages=limits.full_pages + spare_pages * limits.page_groups.num)
         self.scheduler = Scheduler(self.limits, policy)
         self.policy = policy
         self.builder = BatchBuilder(self.limits, VOCAB)
@@ -115,7 +123,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert prompt <= limits.prefill_token_budget
         pool = self.scheduler.pool
         for sequence, start, count, _ in rows:
-            written = {sequence.pages[position // limits.page_size] for position in range(start, start + count)}
+            numbers = {position // limits.page_size for position in range(start, start + count)}
+            written = {table[number] for table in sequence.tables for number in numbers}
             assert all(pool._references[page] == 1 for page in written), "a page that others hold is written"
             self.computed.setdefault(sequence, set()).update(range(start, start + count))
         for preemption in schedule.preempted:

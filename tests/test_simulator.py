@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from jax_engine.errors import ConfigError
+from jax_engine.page_groups import PageGroups
 from jax_engine.planning.simulator import limits_for, simulate
 from tests.planning import make_cost, random_trace, requests_of
 
@@ -95,10 +96,10 @@ def test_shared_prefixes_are_computed_once():
 
 def test_a_model_that_shares_no_pages_shares_none_in_virtual_time():
     cost = make_cost()
-    limits = dataclasses.replace(cost.header.limits, enable_prefix_caching=False, ring_pages=7)
+    limits = dataclasses.replace(cost.header.limits, enable_prefix_caching=False, page_groups=PageGroups(1, 2, 9))
     cost = msgspec.structs.replace(cost, header=msgspec.structs.replace(cost.header, limits=limits))
     _, found = limits_for(cost, {})
-    assert not found.enable_prefix_caching and found.ring_pages == 7
+    assert not found.enable_prefix_caching and found.page_groups == PageGroups(1, 2, 9)
     _, found = limits_for(make_cost(enable_prefix_caching=False), {"enable_prefix_caching": True})
     assert found.enable_prefix_caching, "there it was the operator's choice"
 

@@ -1,7 +1,5 @@
 """Grouped-query attention over the paged KV pool."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,7 +10,6 @@ from jax_engine.layers.linear import matmul, small
 from jax_engine.layers.norm import HeadsNorm, RMSNorm
 from jax_engine.layers.param import declare
 from jax_engine.layers.rope import rotate
-from jax_engine.layers.window_cache import in_ring, pool_of, with_pool
 from jax_engine.model_config import LayerConfig, ModelConfig
 from pallas_kernels.ragged_paged_attention import api as attention_op
 
@@ -70,16 +67,14 @@ class Attention(nnx.Module):
         self.soft_cap = config.attention_soft_cap
 
     def __call__(
-        self, x: Float[Array, "T D"], cache: Any, context: StepContext, place: Array
-    ) -> tuple[Float[Array, "T D"], Any]:
-        """Writes the tokens' keys and values into the cache and attends over it. Returns the output and the cache.
+        self, x: Float[Array, "T D"], pool: Array, context: StepContext, place: Array
+    ) -> tuple[Float[Array, "T D"], Array]:
+        """Writes the tokens' keys and values into the pool and attends over it. Returns the output and the pool.
 
         Args:
-            cache: a pool, or a WindowCache. place: which of its pool's layers is this one's.
+            place: which of the pool's layers is this one's.
         """
-        pool = pool_of(cache, self.layer)
-        plan = context.ring_plan if in_ring(cache, self.layer) else context.plan
-        assert plan is not None, "a cache with rings comes with their plan"
+        plan = context.plan
         tokens = x.shape[0]
         q, k, v = self._project(x)
         if self.gated:
@@ -109,7 +104,7 @@ class Attention(nnx.Module):
         output = matmul(attended.reshape(tokens, -1), self.output)
         if hasattr(self, "output_bias"):
             output = output + self.output_bias[...]
-        return output, with_pool(cache, self.layer, pool)
+        return output, pool
 
     def _project(self, x: Float[Array, "T D"]) -> tuple[Array, Array, Array]:
         """Queries and what gates them [T, K, group, H], keys and values [T, K, H]."""

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from checkpoints.quantized_weight import QuantizedWeight
+from jax_engine.layers.context import StepContext
 from jax_engine.layers.linear import WeightByLayer
 
 
@@ -20,30 +22,38 @@ class _Kind(NamedTuple):
     states: list[dict]
 
 
-def run_layers(layers: Sequence[nnx.Module], carry: tuple, *shared: Any, places: Sequence[int], unroll: bool) -> tuple:
-    """Threads `carry` through `layer(*carry, *shared, place)` for every layer.
+def run_layers(
+    layers: Sequence[nnx.Module], carry: tuple, context: StepContext, *, places: Sequence[tuple[int, int]], unroll: bool
+) -> tuple:
+    """Threads `carry` through `layer(*carry, context, place)` for every layer.
 
     Args:
         carry: what a layer takes first, and returns.
-        shared: what every layer gets besides.
-        places: for each layer, where in the cache it keeps what it keeps.
+        context: what every layer gets besides, with the plan of the layer's group.
+        places: for each layer its group, and where in the cache it keeps what it keeps.
         unroll: write every layer out: what accelerators run fastest, as one graph of launches. Otherwise a loop, which
             compiles ten times faster; right on a CPU, where each fused operation of each layer is compiled anew.
     """
     kinds, of_layer = _group(layers)
     if unroll:
         # One inner jit for all layers of a kind: they are traced and lowered once.
-        for (kind, index), place in zip(of_layer, places, strict=True):
-            carry = _apply(kinds[kind].graph, kinds[kind].states[index], carry, shared, jnp.int32(place))
+        for (kind, index), (group, place) in zip(of_layer, places, strict=True):
+            own = replace(context, plan=context.plans[group])
+            carry = _apply(kinds[kind].graph, kinds[kind].states[index], carry, own, jnp.int32(place))
         return carry
     kind_of, index_of = np.array(of_layer, np.int32).T
-    place_of = np.array(places, np.int32)
+    group_of, place_of = np.array(places, np.int32).T
+    stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *context.plans) if len(context.plans) > 1 else None
     for start, end in _stretches(kind_of.tolist()):
         present, choice_of = np.unique(kind_of[start:end], return_inverse=True)
-        branches = [functools.partial(_apply_chosen, kinds[kind], shared=shared) for kind in present]
 
-        def body(layer: jax.Array, carry: tuple, start=start, choice_of=choice_of, branches=branches) -> tuple:
+        def body(layer: jax.Array, carry: tuple, start=start, choice_of=choice_of, present=present) -> tuple:
             index, place = jnp.asarray(index_of)[layer], jnp.asarray(place_of)[layer]
+            own = context
+            if stacked is not None:
+                group = jnp.asarray(group_of)[layer]
+                own = replace(context, plan=jax.tree.map(lambda parts: parts[group], stacked))
+            branches = [functools.partial(_apply_chosen, kinds[kind], context=own) for kind in present]
             choice = jnp.asarray(choice_of, jnp.int32)[layer - start]
             return jax.lax.switch(choice, branches, index, place, carry)
 
@@ -84,14 +94,14 @@ def _group(layers: Sequence[nnx.Module]) -> tuple[list[_Kind], list[tuple[int, i
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _apply(graph: nnx.GraphDef, state: dict, carry: tuple, shared: tuple, place: jax.Array) -> tuple:
-    return nnx.merge(graph, state)(*carry, *shared, place)
+def _apply(graph: nnx.GraphDef, state: dict, carry: tuple, context: StepContext, place: jax.Array) -> tuple:
+    return nnx.merge(graph, state)(*carry, context, place)
 
 
-def _apply_chosen(kind: _Kind, index: jax.Array, place: jax.Array, carry: tuple, *, shared: tuple) -> tuple:
+def _apply_chosen(kind: _Kind, index: jax.Array, place: jax.Array, carry: tuple, *, context: StepContext) -> tuple:
     choose = functools.partial(_choose, index)
     weights = jax.tree.map(choose, *kind.states, is_leaf=lambda leaf: isinstance(leaf, QuantizedWeight))
-    return nnx.merge(kind.graph, weights)(*carry, *shared, place)
+    return nnx.merge(kind.graph, weights)(*carry, context, place)
 
 
 def _choose(index: jax.Array, *weights: Any) -> Any:

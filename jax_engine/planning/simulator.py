@@ -173,17 +173,14 @@ def limits_for(cost: CostModel, options: dict[str, Any]) -> tuple[EngineConfig, 
     page_size = config.page_size or had.page_size
     config = dataclasses.replace(config, page_size=page_size)
     pool = had.num_pages * had.page_size // page_size
-    # What the model needs by slot is as it was: the placeholder has no such layers.
-    limits = resolve(
-        dataclasses.replace(config, window_cache="pages"), model, platform=header.platform, num_pages=max(1, pool)
-    )
+    limits = resolve(config, model, platform=header.platform, num_pages=max(1, pool))
     model_shares = had.enable_prefix_caching or not header.config.enable_prefix_caching
     scale = page_size / had.page_size
     share = config.swap_space_gib / header.config.swap_space_gib if had.num_swap_pages else 0
     return config, dataclasses.replace(
         limits,
         enable_prefix_caching=limits.enable_prefix_caching and model_shares,
-        ring_pages=had.ring_pages,
+        page_groups=had.page_groups,  # the placeholder has no layers with windows
         num_swap_pages=int(had.num_swap_pages * share / scale),
         swap_page_seconds=had.swap_page_seconds * scale,
         token_seconds=limits.token_seconds or had.token_seconds,

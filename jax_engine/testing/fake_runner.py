@@ -65,7 +65,7 @@ class FakeRunner:
         bucket = batch.bucket
         if not self._check:
             return FakeHandle([1] * bucket.num_seqs, ready=False)
-        parts = BatchLayout(bucket, self.limits.max_pages_per_seq).unpack(batch.packed)
+        parts = BatchLayout.of(bucket, self.limits).unpack(batch.packed)
         tokens = [_UNWRITTEN] * bucket.num_seqs
         for row, slot in enumerate(parts["slots"]):
             first, last = parts["query_starts"][row : row + 2]
@@ -78,10 +78,15 @@ class FakeRunner:
             start = int(parts["starts"][row])
             positions = np.arange(start + len(ids))
             size = self.limits.page_size
-            places = parts["page_table"][row][positions // size] * size + positions % size
-            self._pool[places[start:]] = ids
-            history = self._pool[places]
+            tables = parts["page_table"][row].reshape(self.limits.page_groups.num, -1)
+            places = tables[:, positions // size] * size + positions % size
+            self._pool[places[:, start:]] = ids
+            history = self._pool[places[0]]
             assert (history >= 0).all(), "attention would read a place that was never written"
+            # What the earliest of the row's tokens sees.
+            seen = slice(max(0, start - self.limits.page_groups.window + 1), None)
+            for sliding in places[self.limits.page_groups.num_full :]:
+                assert (self._pool[sliding[seen]] == history[seen]).all(), "a window holds something else"
             tokens[row] = next_token(history, self.vocab_size)
         self._last_tokens[parts["slots"]] = _UNWRITTEN if batch.structured else tokens
         extras = _extras(bucket, Feature(int(parts["scalars"][1])))
@@ -93,7 +98,7 @@ class FakeRunner:
         for row, token in enumerate(handle.tokens):
             if token != _UNWRITTEN:
                 handle.tokens[row] = int((token + np.argmax(np.roll(allowed[row], -token))) % self.vocab_size)
-        slots = BatchLayout(batch.bucket, self.limits.max_pages_per_seq).unpack(batch.packed)["slots"]
+        slots = BatchLayout.of(batch.bucket, self.limits).unpack(batch.packed)["slots"]
         self._last_tokens[slots] = handle.tokens
         handle.sampled = True
 

@@ -89,9 +89,9 @@ def _show_table(target: "Target", fit: "Fit", reports: Iterator["StepReport"]) -
         f"{target.hbm_bytes / _GIB:.2f} GiB each\n"
         f"weights {fit.weight_bytes / _GIB:.2f} GiB, temporaries {fit.temp_bytes / _GIB:.2f} GiB, "
         f"a page of {limits.page_size} tokens {fit.page_bytes / 1024:.0f} KiB (each device)\n"
-        f"largest pool that fits: {fit.largest_pages} pages = {fit.largest_pages * limits.page_size} tokens\n"
-        f"this pool: {limits.num_pages} pages = {limits.num_pages * limits.page_size} tokens = "
-        f"{limits.num_pages * limits.page_size / limits.max_model_len:.1f} sequences of {limits.max_model_len} = "
+        f"largest pool that fits: {fit.largest_pages} pages = {limits.tokens_in(fit.largest_pages)} tokens\n"
+        f"this pool: {limits.num_pages} pages = {limits.tokens_in(limits.num_pages)} tokens = "
+        f"{limits.num_pages / limits.full_pages:.1f} sequences of {limits.max_model_len} = "
         f"{fit.pool_bytes / _GIB:.2f} GiB"
     )
     print("  ".join([_HEADINGS[0].ljust(14), *_HEADINGS[1:]]), flush=True)
