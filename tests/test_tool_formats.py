@@ -155,7 +155,9 @@ FUNCTIONS = [{"name": "count", "parameters": SCHEMA}, {"name": "stop", "paramete
 
 
 def matches(grammar: str, text: str) -> bool:
-    state = GrammarCompiler(ByteTokenizer(), 258, [257]).compile(StructuredOutputsParams(grammar=grammar)).start()
+    state = (
+        GrammarCompiler(ByteTokenizer(), 258, [257]).compile(StructuredOutputsParams(grammar=grammar)).start().matcher
+    )
     data = list(text.encode())
     return state.try_consume_tokens(data) == len(data) and state.is_accepting()
 
@@ -236,7 +238,7 @@ def test_special_tokens_keep_text_and_calls_apart():
         answer = "Hello" if tools == "mistral" else "<|channel|>final<|message|>Hello"
         compiled = GrammarCompiler(ByteTokenizer(), 258, [257]).compile(StructuredOutputsParams(grammar=grammar))
         for text, wanted in ((good, True), (before + good, True), (answer, True), (bad, False), (before + bad, False)):
-            state, ids_of_text = compiled.start(), tokens(text, marks)
+            state, ids_of_text = compiled.start().matcher, tokens(text, marks)
             whole = state.try_consume_tokens(ids_of_text) == len(ids_of_text) and state.is_accepting()
             assert whole is wanted, (tools, text)
 
