@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ragged_paged_attention import Device, plan, ragged_paged_attention, reference, write_kv
+from pallas_kernels.ragged_paged_attention import Device, Ragged, plan, ragged_paged_attention, reference, write_kv
 from pallas_kernels.ragged_paged_attention.cases import Mix, Shape, make_inputs
 from pallas_kernels.ragged_paged_attention.gpu_decode import max_splits, merge, plan_decode
 from pallas_kernels.ragged_paged_attention.gpu_tiles import HOPPER
@@ -81,6 +81,35 @@ def test_decode_shapes(shape, dtype):
 
 def test_mixed():
     _check(Shape(2, 1, 64), Mix(((70, 1), (20, 20), (80, 67)), 90, 4), 32)
+
+
+def test_a_token_is_the_same_however_its_row_is_cut():
+    """Tokens 3 to 89 of a sequence as one row, and as three that begin and end within key tiles."""
+    shape, page_size, first, total = Shape(2, 1, 64), 16, 3, 90
+    rng = np.random.default_rng(0)
+    queries = rng.standard_normal((total, 2, 64))
+    pool = jnp.asarray(rng.standard_normal((8, 1, 2, page_size, 64)), jnp.bfloat16)
+    table = jnp.asarray(np.tile(rng.permutation(8), (4, 1)), jnp.int32)
+
+    def run(*ends: int):
+        begins = [first, *ends][:-1]
+        query_lens = np.diff([first, *ends])
+        starts = np.concatenate([[0], np.cumsum(query_lens)])
+        tokens = np.concatenate([queries[begin:end] for begin, end in zip(begins, ends, strict=True)])
+        pad = 4 - len(ends)
+        ragged = Ragged(
+            table,
+            jnp.asarray([*ends] + [0] * pad, jnp.int32),
+            jnp.asarray([*starts] + [starts[-1]] * pad, jnp.int32),
+            jnp.int32(0),
+        )
+        q = jnp.asarray(np.pad(tokens, ((0, 128 - len(tokens)), (0, 0), (0, 0))), jnp.bfloat16)
+        with plgpu.force_gpu_interpret_mode():
+            shared = plan(ragged, num_tokens=128, num_pages=8, page_size=page_size, implementation="gpu")
+            out = ragged_paged_attention(q, pool, shared, jnp.int32(0), scale=shape.head_dim**-0.5)
+        return np.asarray(out[: total - first]).view(np.uint16)
+
+    np.testing.assert_array_equal(run(total), run(10, 70, total))
 
 
 @pytest.mark.long
