@@ -6,7 +6,10 @@ the pages); it then costs a prefill and nothing else.
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from hashlib import blake2b
+
+_DIGEST_BYTES = 8
 
 
 class PrefixAffinity[Name: (str, int)]:
@@ -54,3 +57,12 @@ class PrefixAffinity[Name: (str, int)]:
     def _forget(self, digest: bytes) -> None:
         if (owner := self._owners.pop(digest, None)) is not None:
             self._owned[owner] -= 1
+
+
+def chain(blocks: Iterable[bytes], start: bytes = b"") -> list[bytes]:
+    """A digest for each block of a prompt, each standing for all up to its block's end, `start` before them."""
+    digest, digests = start, []
+    for block in blocks:
+        digest = blake2b(digest + block, digest_size=_DIGEST_BYTES).digest()
+        digests.append(digest)
+    return digests

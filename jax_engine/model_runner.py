@@ -184,7 +184,7 @@ class ModelRunner:
         self._cache, output = self._programs[Part("model", batch.bucket)](
             self.weights, self._cache, self._put(batch.packed)
         )
-        handle = StepHandle(output, Feature(int(batch.packed[-1])))
+        handle = StepHandle(output, Feature(int(batch.packed[-1])))  # the last of BatchLayout's parts
         if batch.prompt_targets is not None:
             handle.set_prompt(self._score(output, batch.prompt_targets))
         if not batch.structured:
@@ -258,10 +258,9 @@ class ModelRunner:
                 parts = layout.unpack(packed)
                 parts["slots"][:] = self.limits.max_num_seqs
                 parts["scalars"][1] = features
-                scored = features and not bucket.decode_only
                 targets = np.full(bucket.num_tokens, -1, np.int32)
                 targets[:1] = 0
-                self.dispatch(Batch(bucket, packed, None, targets if scored else None)).result()
+                self.dispatch(Batch(bucket, packed, None, targets if features else None)).result()
 
     def _put(self, arrays):
         if self._replicated.is_fully_addressable:

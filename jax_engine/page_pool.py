@@ -296,21 +296,22 @@ class PagePool:
     def _evict(self) -> int:
         """Takes the least recently used page out of the index."""
         page, _ = self._unused.popitem(last=False)
-        contents = self._contents[page]
-        assert contents is not None
-        del self._index[contents.key]
-        self._contents[page] = None
+        self._unindex(page)
         return page
 
     def _forget(self, page: int) -> None:
         """Takes a page out of the index, if it is there."""
-        contents = self._contents[page]
-        if contents is not None:
-            del self._index[contents.key]
-            self._contents[page] = None
+        if self._contents[page] is not None:
+            self._unindex(page)
             if page in self._unused:
                 del self._unused[page]
                 self._free.append(page)
+
+    def _unindex(self, page: int) -> None:
+        contents = self._contents[page]
+        assert contents is not None
+        del self._index[contents.key]
+        self._contents[page] = None
 
     def _find(self, sequence: Sequence, group: int, number: int) -> int | None:
         """The page that already holds page `number` of the sequence, of that group."""

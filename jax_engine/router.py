@@ -4,15 +4,11 @@ async_engine.py and llm.py have one in front of the engines of one process, and 
 It knows requests and counts tokens; it never asks an engine. Not for several threads at once.
 """
 
-from hashlib import blake2b
-
 import numpy as np
 
-from jax_engine.affinity import PrefixAffinity
+from jax_engine.affinity import PrefixAffinity, chain
 from jax_engine.config import Limits
 from jax_engine.request import Request
-
-_DIGEST_BYTES = 8
 
 
 class Router:
@@ -53,9 +49,5 @@ class Router:
         if not self._limits.enable_prefix_caching:
             return []
         size, token_ids = self._limits.page_size, np.array(request.prompt_token_ids, np.int32)
-        digest, digests = (request.cache_salt or "").encode(), []
-        for start in range(0, len(token_ids) - size + 1, size):
-            page = token_ids[start : start + size].tobytes()
-            digest = blake2b(digest + page, digest_size=_DIGEST_BYTES).digest()
-            digests.append(digest)
-        return digests
+        pages = (token_ids[start : start + size].tobytes() for start in range(0, len(token_ids) - size + 1, size))
+        return chain(pages, start=(request.cache_salt or "").encode())

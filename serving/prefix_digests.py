@@ -4,16 +4,16 @@ Used by ray_app.py, in front of the engines, which has texts and no tokenizer.
 """
 
 from collections.abc import Mapping
-from hashlib import blake2b
 from typing import Any
 
 import msgspec
+
+from jax_engine.affinity import chain
 
 #: Bytes of JSON in one block: some 64 to 128 tokens, a few pages.
 _BLOCK_BYTES = 256
 #: Prompts are compared no further than this many blocks.
 _MAX_BLOCKS = 256
-_DIGEST_BYTES = 8
 #: What comes before the conversation in the rendered prompt, in the fields' names of all protocols.
 _HEAD_FIELDS = ("cache_salt", "tools", "system", "instructions")
 _BODY_FIELDS = ("prompt", "messages", "input")
@@ -32,8 +32,5 @@ def prefix_digests(body: Mapping[str, Any]) -> tuple[bytes, ...]:
         parts += [msgspec.json.encode(item) for item in value] if isinstance(value, list) else []
         parts += [value.encode(errors="replace")] if isinstance(value, str) else []
     text = b",".join(parts)
-    digest, digests = b"", []
-    for start in range(0, min(len(text), _MAX_BLOCKS * _BLOCK_BYTES) - _BLOCK_BYTES + 1, _BLOCK_BYTES):
-        digest = blake2b(digest + text[start : start + _BLOCK_BYTES], digest_size=_DIGEST_BYTES).digest()
-        digests.append(digest)
-    return tuple(digests)
+    starts = range(0, min(len(text), _MAX_BLOCKS * _BLOCK_BYTES) - _BLOCK_BYTES + 1, _BLOCK_BYTES)
+    return tuple(chain(text[start : start + _BLOCK_BYTES] for start in starts))
