@@ -29,6 +29,7 @@ from jax_engine.buckets import Bucket, choose_bucket
 from jax_engine.config import EngineConfig, resolve
 from jax_engine.constraints import unconstrained
 from jax_engine.features import Feature
+from jax_engine.free_places import leave_free
 from jax_engine.models import read_config
 from jax_engine.models.shapes import NAMED_SHAPES
 from jax_engine.program import ModelProgram, Part, nested
@@ -69,6 +70,7 @@ class Stepper:
         self.weights = nested(arrays)
         shapes = self.program.cache_shapes(self.limits)
         self.cache = jax.jit(lambda: jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), shapes))()
+        self.between_places = leave_free(jax.device_put)
 
     def _prompt_pages(self, page_size: int) -> int:
         return sum(-(-length // page_size) for length in self.prompts)

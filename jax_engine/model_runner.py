@@ -28,6 +28,7 @@ from jax_engine.constraints import Constraints, unconstrained
 from jax_engine.costs import measure
 from jax_engine.errors import ConfigError
 from jax_engine.features import SAMPLING, Feature
+from jax_engine.free_places import leave_free
 from jax_engine.group import least
 from jax_engine.kv_cache import KVCache
 from jax_engine.kv_scales import find_scales
@@ -168,6 +169,8 @@ class ModelRunner:
             size: self._put(unconstrained(size, self.model_config.vocab_size)) for size in self._no_adjustments
         }
         self._programs = self._compile()
+        if self.platform == "gpu":
+            self._between_places = leave_free(self._put)
         self._page_store: PageStore | None = None
         if config.swap_space_gib:
             self._page_store = PageStore(self._program.cache_shapes(self.limits), num_pages, self._put)
