@@ -18,6 +18,9 @@ class Phi3(Decoder):
         base = hf.base(norm_eps=1e-5)
         rope = hf.rope(base["head_dim"], partial=1.0, names={"su": "longrope", "yarn": "longrope"})
         window = hf.optional_size("sliding_window")
+        for name in ("attention_bias", "mlp_bias", "lm_head_bias"):
+            hf.only(name, False)
+        hf.ignore("full_attn_mod", "interpolate_factor")  # of Phi-4-mini's own code; both say what is done here
         layers = (LayerConfig(sliding_window=window),) * base["num_hidden_layers"]
         return hf.finish(**base, ropes=(rope,), layers=layers)
 

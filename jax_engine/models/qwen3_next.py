@@ -70,6 +70,7 @@ class Qwen3Next(Decoder):
         by_number = ["linear_attention" if number % interval else "full_attention" for number in numbers]
         types = hf.choices("layer_types", kinds, by_number)
         sparse = read_sparse_layers(hf, num_layers)
+        hf.only("use_sliding_window", False)
         bias = hf.flag("attention_bias")
         shared = hf.size("shared_expert_intermediate_size", 512)
         return hf.finish(
