@@ -203,9 +203,7 @@ class BatchBuilder:
             parts["page_table"][:num_rows, table] = self._page_table[:, table].take(slots, axis=0)
         parts["token_ids"][: schedule.num_tokens] = np.array(_token_ids(schedule), np.int32)
         features = Feature(int(np.bitwise_or.reduce(self._features[slots])))
-        # Without decode buckets every step has one shape, and is computed in one way: single tokens too take the path
-        # of longer rows, so that a token's bits do not depend on how its sequence was cut into steps.
-        parts["scalars"][:] = num_single if self.limits.decode_buckets else 0, features
+        parts["scalars"][:] = 0 if self.limits.one_way else num_single, features
         return Batch(
             bucket,
             packed,

@@ -229,6 +229,12 @@ class Limits:
     page_groups: PageGroups = field(default_factory=PageGroups)
 
     @property
+    def one_way(self) -> bool:
+        """Without decode buckets every step has one shape, and every token is computed in one way: single ones as
+        longer rows are, so that a token's bits do not depend on how its sequence was cut into steps."""
+        return not self.decode_buckets
+
+    @property
     def max_pages_per_seq(self) -> int:
         """Width of a page table row, of each group of layers."""
         return math.ceil(self.max_model_len / self.page_size)

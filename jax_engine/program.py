@@ -154,7 +154,7 @@ class ModelProgram:
         """The model's program of a bucket, ready to be compiled; it takes step.compute's arguments from weights on."""
         assert self.model_config.page_groups == limits.page_groups, "limits of another model, or it is not `served`"
         layout = BatchLayout.of(bucket, limits)
-        function = functools.partial(compute, self._graph, layout, limits.page_size, self.device)
+        function = functools.partial(compute, self._graph, layout, limits.page_size, self.device, limits.one_way)
         cache = self.cache_shapes(limits)
         arguments = (nested(self._abstract_weights()), cache, self._placed(_ints(layout.size)))
         return layout, self._lower(function, arguments, donate=1, results=(_places(cache), self.replicated))

@@ -44,6 +44,7 @@ def compute(
     layout: BatchLayout,
     page_size: int,
     device: attention_op.Device,
+    one_way: bool,
     weights: Any,
     cache: KVCache,
     packed: Int[Array, " size"],
@@ -52,7 +53,7 @@ def compute(
 
     Args:
         graph: the model without its weights. layout: of `packed`. page_size: tokens in a page. device: what the
-            program is for. All of these are static.
+            program is for. one_way: see StepContext. All of these are static.
         weights: the model's weights as plain dicts.
         cache: donated; comes back updated.
         packed: see BatchLayout.
@@ -78,6 +79,7 @@ def compute(
         group_plans,
         device.platform,
         cache.kv_scales,
+        one_way,
     )
     hidden, pool = model(ids, cache.pool, context)
 

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 
 import jax
-from jaxtyping import Array, Int32
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int32
 
 from pallas_kernels.ragged_paged_attention.api import Plan
 
@@ -24,6 +25,8 @@ class StepContext:
         plans: of every group of layers, of which `plan` is one.
         kv_scales: [L, 2, K] float32, what one unit of an integer pool's numbers is worth, for each layer of the pool,
             keys and values, and kv head; None for other pools. Layers in one place of their groups share them.
+        one_way: single tokens are computed as longer rows are, and a token's bits may not depend on how its sequence is
+            cut into steps.
         rotations: cosine and sine of every position's angles, one pair for each of ModelConfig.ropes.
     """
 
@@ -35,4 +38,11 @@ class StepContext:
     plans: tuple[Plan, ...] = ()
     platform: str = field(default="cpu", metadata={"static": True})
     kv_scales: Array | None = None
+    one_way: bool = field(default=False, metadata={"static": True})
     rotations: tuple[tuple[Array, Array], ...] = ()
+
+    @property
+    def starts_anew(self) -> Bool[Array, " B"]:
+        """Rows whose first token is their sequence's first; anything for rows of padding."""
+        first = jnp.minimum(self.query_starts[:-1], self.plan.positions.shape[0] - 1)
+        return self.plan.positions[first] == 0

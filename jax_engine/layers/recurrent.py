@@ -1,8 +1,9 @@
 """Gated delta net: attention's place taken by a state of fixed size per sequence (arXiv 2412.06464).
 
-The state lies in the place of the sequence's slot, and lives as its pages do: a slot is a sequence's own from its
-admission until no step in flight has a row of it; a sequence that starts at position 0, for the first time or again
-after it was preempted, starts from zeros. So no state ever has to be cleared, copied or rolled back.
+delta_rule.py says how tokens change the state. It lies in the place of the sequence's slot, and lives as the sequence's
+pages do: a slot is a sequence's own from its admission until no step in flight has a row of it; a sequence that starts
+at position 0, for the first time or again after it was preempted, starts from zeros. So no state ever has to be
+cleared, copied or rolled back.
 """
 
 from typing import NamedTuple
@@ -10,9 +11,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from jax_engine.layers.context import StepContext
+from jax_engine.layers.delta_rule import DeltaInputs, delta_rule
 from jax_engine.layers.linear import matmul, small
 from jax_engine.layers.mlp import FUNCTIONS
 from jax_engine.layers.norm import RMSNorm
@@ -37,11 +39,7 @@ class RecurrentCache(NamedTuple):
 
 
 class GatedDeltaNet(nnx.Module):
-    """A short causal convolution, then for each head a matrix that maps keys to values, corrected token by token.
-
-    Tokens are taken one after the other, in the same way however a sequence is cut into steps, so that its results do
-    not depend on the cut.
-    """
+    """A short causal convolution, then for each head a matrix that maps keys to values, corrected token by token."""
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype):
         delta = config.delta
@@ -69,26 +67,26 @@ class GatedDeltaNet(nnx.Module):
         projected = matmul(x, self.project).reshape(tokens, heads, -1)
         mixed, cache = self._convolve(projected[:, :, :channels], cache, context, place)
         query, key, value = jnp.split(mixed.astype(jnp.float32), [delta.key_dim, 2 * delta.key_dim], axis=-1)
-        write, decay = self._gates(x)
-        inputs = _Inputs(
+        write, log_decay = self._gates(x)
+        inputs = DeltaInputs(
             _unit(query) * delta.key_dim**-0.5,
             _unit(key),
             value.reshape(tokens, heads, self.group, delta.value_dim),
             write,
-            decay,
+            log_decay,
         )
-        out, states = _run(inputs, cache.states, context, place)
+        out, states = delta_rule(inputs, cache.states, context, place)
         gate = projected[:, :, channels:].reshape(out.shape).astype(jnp.float32)
         out = (self.norm(out.astype(x.dtype)) * FUNCTIONS[self.activation](gate)).astype(x.dtype)
         return matmul(out.reshape(tokens, -1), self.output), cache._replace(states=states)
 
     def _gates(self, x: Float[Array, "T D"]) -> tuple[Array, Array]:
-        """How much of a token is written, and what is left of the state before it: [T, K, V] float32, in (0, 1)."""
+        """DeltaInputs' write and log_decay."""
         heads, both, _ = self.project_gates.shape
         gates = matmul(x, self.project_gates).reshape(-1, heads, both).astype(jnp.float32)
         write, time = jnp.split(gates, 2, axis=-1)
         time = jax.nn.softplus(time + small(self.time_bias))
-        return jax.nn.sigmoid(write), jnp.exp(-jnp.exp(small(self.log_decay)) * time)
+        return jax.nn.sigmoid(write), -jnp.exp(small(self.log_decay)) * time
 
     def _convolve(
         self, x: Float[Array, "T K C"], cache: RecurrentCache, context: StepContext, place: Array
@@ -98,7 +96,7 @@ class GatedDeltaNet(nnx.Module):
         history = taps.shape[-1] - 1
         plan, starts = context.plan, context.query_starts
         before = cache.inputs[place, context.slots]
-        before = jnp.where(_starts_anew(context)[:, None, None, None], 0, before)
+        before = jnp.where(context.starts_anew[:, None, None, None], 0, before)
         offset = jnp.arange(x.shape[0]) - starts[plan.rows]
 
         def input_at(back: int) -> Array:
@@ -116,63 +114,5 @@ class GatedDeltaNet(nnx.Module):
         return FUNCTIONS[self.activation](out).astype(x.dtype), cache._replace(inputs=inputs)
 
 
-class _Inputs(NamedTuple):
-    """Of each token (leading axes [T, K] or, for one token, [K]): query and key; value, and gates by value head."""
-
-    query: Array
-    key: Array
-    value: Array
-    write: Array
-    decay: Array
-
-
-def _starts_anew(context: StepContext) -> Bool[Array, " B"]:
-    """Rows whose first token is their sequence's first; anything for rows of padding."""
-    first = jnp.minimum(context.query_starts[:-1], context.plan.positions.shape[0] - 1)
-    return context.plan.positions[first] == 0
-
-
 def _unit(x: Float[Array, "T K H"]) -> Float[Array, "T K H"]:
     return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + _NORM_EPS)
-
-
-def _advance(state: Array, token: _Inputs) -> tuple[Array, Array]:
-    """The state [..., K, V, key, value] after a token, and what its query finds there [..., K, V, value]."""
-    key, query = token.key[..., None, :, None], token.query[..., None, :, None]
-    state = state * token.decay[..., None, None]
-    known = jnp.sum(state * key, axis=-2)
-    state = state + key * ((token.value - known) * token.write[..., None])[..., None, :]
-    return state, jnp.sum(state * query, axis=-2)
-
-
-def _run(inputs: _Inputs, states: Array, context: StepContext, place: Array) -> tuple[Array, Array]:
-    """Takes every row's tokens from its state on. Returns what each token finds, [T, K, V, value], and the states."""
-    starts, slots = context.query_starts, context.slots
-    tokens = inputs.query.shape[0]
-    rows = min(slots.shape[0], tokens)
-    fresh = _starts_anew(context)
-
-    # Rows of one token, which come first, all at once.
-    single = jnp.arange(rows) < context.num_decodes
-    before = jnp.where(fresh[:rows, None, None, None, None], 0, states[place, slots[:rows]])
-    after, found = _advance(before, jax.tree.map(lambda part: part[:rows], inputs))
-    states = states.at[place, jnp.where(single, slots[:rows], states.shape[1])].set(after, mode="drop")
-    out = jnp.zeros((tokens, *found.shape[1:]), found.dtype).at[:rows].set(found)
-    if context.decode_only:
-        return out, states
-
-    def run_row(row: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        states, out = carry
-
-        def run_token(token: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-            state, out = carry
-            state, found = _advance(state, jax.tree.map(lambda part: part[token], inputs))
-            return state, out.at[token].set(found)
-
-        state = jnp.where(fresh[row], 0, states[place, slots[row]])
-        state, out = jax.lax.fori_loop(starts[row], starts[row + 1], run_token, (state, out))
-        return states.at[place, slots[row]].set(state), out
-
-    num_rows = jnp.sum(starts[1:] > starts[:-1])
-    states, out = jax.lax.fori_loop(context.num_decodes, num_rows, run_row, (states, out))
-    return out, states
