@@ -26,7 +26,8 @@ class KVCache:
         token_ids: [num_pages * page_size] the token at each place of the pool. The penalties read a sequence's history
             from here, by the same page table, so it is right whatever happens to the sequence's pages.
         last_tokens: [max_num_seqs + 1] the token that each slot sampled last; the last place takes what padding writes.
-        kv_scales: [L, 2, K] float32, of a pool of int8; see StepContext. None for other pools.
+        kv_scales: [L, 2, K] float32, of a pool of 8-bit keys and values; see StepContext. None for other pools: those of
+            16 or 32 bits, and latent keys.
     """
 
     pool: Any
@@ -55,7 +56,7 @@ def cache_shapes(
             pool=pool,
             token_ids=jnp.zeros(limits.num_pages * limits.page_size, jnp.int32),
             last_tokens=jnp.zeros(limits.max_num_seqs + 1, jnp.int32),
-            kv_scales=jnp.ones(scales, jnp.float32) if kv_dtype == jnp.int8 else None,
+            kv_scales=jnp.ones(scales, jnp.float32) if kv_dtype.itemsize == 1 and model.mla is None else None,
         )
 
     return jax.eval_shape(make)

@@ -1,11 +1,13 @@
-"""What one unit of an int8 KV cache is worth, for each layer, kv head, keys and values: found once, before any request.
+"""What one unit of an 8-bit KV cache is worth, for each layer, kv head, keys and values: found once, before any request.
 
 Called by model_runner.py. The model reads a fixed text of random tokens into a small cache of its own dtype, and the
-largest number that a head wrote, twice over, becomes the 127 of the int8 cache. Scales so depend on the model alone:
-a page holds the same bits whichever request wrote it, which the prefix cache relies on (docs/adr/0027).
+largest number that a head wrote, some times over, becomes the largest of the 8-bit cache: 127 of int8, 448 of fp8.
+Scales so depend on the model alone: a page holds the same bits whichever request wrote it, which the prefix cache
+relies on (docs/adr/0027, docs/adr/0030).
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,17 +26,24 @@ from pallas_kernels.ragged_paged_attention import api as attention_op
 
 #: Tokens that are read.
 _NUM_TOKENS = 256
-#: Room for numbers larger than those seen; it costs one of eight bits. What is larger still is cut off.
-_MARGIN = 2.0
+#: Room for numbers larger than those seen; what is larger still is cut off. It costs int8 one of its bits. The numbers of
+#: fp8 have the same bits behind the first wherever they lie, so room costs them nothing as far as 2 ** -6.
+_MARGINS = {"int8": 2.0, "float8_e4m3fn": 8.0}
 
 
 def find_scales(
-    program: ModelProgram, limits: Limits, weights: Any, put: Callable[[Any], Any], empty: Callable[[KVCache], KVCache]
+    program: ModelProgram,
+    kv_dtype: jnp.dtype,
+    limits: Limits,
+    weights: Any,
+    put: Callable[[Any], Any],
+    empty: Callable[[KVCache], KVCache],
 ) -> Float[Array, "L 2 K"]:
     """Runs the model once; compiles one step.
 
     Args:
-        program: the model with a cache of its own dtype. limits: of the engine.
+        program: the model with a cache of its own dtype. kv_dtype: of the cache that the scales are for, int8 or
+            float8_e4m3fn. limits: of the engine.
         put: uploads host arrays. empty: makes a cache of such shapes, of zeros.
 
     Returns:
@@ -54,7 +63,9 @@ def find_scales(
         put(_packed(layout, num_tokens, num_pages, program.model_config.vocab_size)),
     )
     pool = cache.pool.pages if isinstance(cache.pool, RecurrentCache) else cache.pool
-    return jax.jit(_scales, static_argnums=1, out_shardings=shapes.token_ids.sharding)(pool, limits.num_pages)
+    units = _MARGINS[kv_dtype.name] / attention_op.largest_number(kv_dtype)
+    find = functools.partial(_scales, num_pages=limits.num_pages, units=units)
+    return jax.jit(find, out_shardings=shapes.token_ids.sharding)(pool)
 
 
 def _packed(layout: BatchLayout, num_tokens: int, num_pages: int, vocab_size: int) -> np.ndarray:
@@ -69,5 +80,5 @@ def _packed(layout: BatchLayout, num_tokens: int, num_pages: int, vocab_size: in
     return packed
 
 
-def _scales(pool: Array, num_pages: int) -> Array:
-    return jnp.maximum(attention_op.largest_values(pool, num_pages), 1e-6) * (_MARGIN / 127)
+def _scales(pool: Array, num_pages: int, units: float) -> Array:
+    return jnp.maximum(attention_op.largest_values(pool, num_pages), 1e-6) * units

@@ -280,7 +280,7 @@ class ModelRunner:
             by_expert=config.enable_expert_parallel,
             quantization=self._quantization,
         )
-        return find_scales(program, self.limits, self.weights, self._put, self._empty_cache)
+        return find_scales(program, self._program.kv_dtype, self.limits, self.weights, self._put, self._empty_cache)
 
     def _empty_cache(self, shapes: KVCache) -> KVCache:
         make = functools.partial(jax.tree.map, lambda shape: jnp.zeros(shape.shape, shape.dtype))

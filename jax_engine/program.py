@@ -61,8 +61,8 @@ class ModelProgram:
 
     Args:
         dtype: of weights, activations and KV; `auto` for the device's own.
-        kv_cache_dtype: `auto`: keys and values are of dtype too. `fp8`: float8_e4m3fn. `int8`: with scales, which
-            kv_scales.py finds.
+        kv_cache_dtype: `auto`: keys and values are of dtype too. `fp8`: float8_e4m3fn. `int8`. Both have scales, which
+            kv_scales.py finds, except for latent keys (MLA), which fp8 holds as they are and int8 cannot.
         by_expert: experts lie whole on one of the devices each, rather than in parts on all.
         quantization: `int8` or `fp8`: factors of products are kept in so many bits. None: they are of `dtype`.
 

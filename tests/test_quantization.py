@@ -1,17 +1,20 @@
 """Engines with weights and cache in 8 bits: what is loaded, stored and restored, and the same tokens in every mode."""
 
 import random
+import shutil
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from checkpoints.errors import CheckpointError
 from checkpoints.formats import open_checkpoint
 from checkpoints.loader import dummy, load
 from checkpoints.quantized_weight import SCALE, QuantizedWeight, quantize, stored_format
+from jax_engine import model_runner
 from jax_engine.config import EngineConfig, resolve
 from jax_engine.errors import ConfigError
 from jax_engine.models import read_config
@@ -179,22 +182,81 @@ def test_a_cache_of_8_bits_has_twice_the_pages():
     assert free // sizes[1] > 1.99 * (free // sizes[0])
 
 
-def test_the_scales_of_an_int8_cache_leave_room_and_waste_little(make_modes):
-    """Heads differ in size; each has its own scale, and the cache answers almost as an unquantised one."""
-    modes, plain = make_modes(kv_cache_dtype="int8"), make_modes()
-    scales = np.asarray(jax.device_get(modes.runner._cache.kv_scales))
-    assert len(np.unique(scales)) == scales.size and (scales > 1e-6).all()
-    again = make_modes(kv_cache_dtype="int8")
-    np.testing.assert_array_equal(jax.device_get(again.runner._cache.kv_scales), scales)
+def logprobs(engine) -> np.ndarray:
+    """Of the same random prompts' tokens."""
     chance = random.Random(0)
     requests = [([chance.randrange(256) for _ in range(60)], SCORED) for _ in range(4)]
-    errors = []
-    for got, want in zip(serve(modes.engine(), requests), serve(plain.engine(), requests), strict=True):
-        pairs = zip(got.prompt_logprobs[1:], want.prompt_logprobs[1:], got.prompt_token_ids[1:], strict=True)
-        errors += [abs(ours[token].logprob - theirs[token].logprob) for ours, theirs, token in pairs]
-    assert 0 < np.mean(errors) < 0.05
-    written = np.abs(np.asarray(jax.device_get(modes.runner._cache.pool)).astype(int))
-    assert 32 < written.max() <= 127 and (written == 127).mean() < 1e-3
+    return np.array(
+        [
+            [entries[token].logprob for entries, token in zip(o.prompt_logprobs[1:], o.prompt_token_ids[1:], strict=True)]
+            for o in serve(engine, requests)
+        ]
+    )
+
+
+#: Mean error of the tiny models' log-probabilities, whose random weights make steep softmaxes.
+CACHE_ERROR = {"int8": 0.05, "fp8": 0.15}
+
+
+@pytest.mark.parametrize(("format", "least", "largest"), [("int8", 32, 127), ("fp8", 28, 448)])
+def test_the_scales_of_a_cache_leave_room_and_waste_little(make_modes, format, least, largest):
+    """Heads differ in size; each has its own scale, and the cache answers almost as an unquantised one."""
+    modes, plain = make_modes(kv_cache_dtype=format), make_modes()
+    scales = np.asarray(jax.device_get(modes.runner._cache.kv_scales))
+    assert len(np.unique(scales)) == scales.size and (scales > 1e-6).all()
+    again = make_modes(kv_cache_dtype=format)
+    np.testing.assert_array_equal(jax.device_get(again.runner._cache.kv_scales), scales)
+    errors = np.abs(logprobs(modes.engine()) - logprobs(plain.engine()))
+    assert 0 < errors.mean() < CACHE_ERROR[format]
+    written = np.abs(np.asarray(jax.device_get(modes.runner._cache.pool)).astype(float))
+    assert least < written.max() <= largest and (written == largest).mean() < 1e-3
+
+
+def with_larger_keys_and_values(model: Path, out: Path, factor: float) -> None:
+    """A copy of a Llama checkpoint that computes the same from keys and values so many times as large."""
+    factors = {"q_proj": 1 / factor, "k_proj": factor, "v_proj": factor, "o_proj": 1 / factor}
+    shutil.copytree(model, out)
+    [path] = out.glob("*.safetensors")
+    tensors = load_file(path)
+    for name in tensors:
+        tensors[name] = tensors[name] * np.float32(factors.get(name.split(".")[-2], 1))
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+@pytest.mark.parametrize("factor", [2.0**14, 2.0**-14])
+def test_keys_and_values_that_8_bits_do_not_hold_as_they_are(make_modes, monkeypatch, tmp_path, format, factor):
+    """Scales follow the model: its answers are those from keys and values of an ordinary size, bit for bit."""
+    with_larger_keys_and_values(TINY / "llama", tmp_path / "model", factor)
+    options = {"kv_cache_dtype": format, "deterministic": True, "token_buckets": (64,)}
+    want = logprobs(make_modes(**options).engine())
+    got = logprobs(make_modes(**options, model=str(tmp_path / "model")).engine())
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+    monkeypatch.setattr(model_runner, "find_scales", lambda *_: jnp.ones_like(found))
+    with jax.transfer_guard("allow"):
+        found = make_modes(**options).runner._cache.kv_scales
+        without = logprobs(make_modes(**options, model=str(tmp_path / "model")).engine())
+    assert np.abs(without - want).mean() > 0.1
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+def test_a_cache_of_8_bits_whose_layers_are_in_groups(make_modes, format):
+    """Layers in one place of their groups share scales, which the largest of them sets."""
+    options = {"model": str(TINY / "gemma3"), "num_pages": 152, "deterministic": True, "token_buckets": (32,)}
+    modes, plain = make_modes(**options, kv_cache_dtype=format), make_modes(**options)
+    groups, layers = modes.limits.page_groups, modes.runner.model_config.layers_per_page
+    scales = np.asarray(jax.device_get(modes.runner._cache.kv_scales))
+    assert groups.num > 1 and layers * groups.num >= 7 and scales.shape == (layers, 2, 2) and (scales > 1e-6).all()
+    errors = np.abs(logprobs(modes.engine("sync")) - logprobs(plain.engine("sync")))
+    assert 0 < errors.mean() < CACHE_ERROR[format]
+    requests = random_requests(35, 16)
+    want = serve(modes.engine("sync", enable_prefix_caching=False), requests)
+    got = serve(modes.engine("async", 3), requests, chance=random.Random(36))
+    assert list(map(content, got)) == list(map(content, want))
+
+
+def test_latent_keys_are_kept_in_fp8_without_scales(make_modes):
+    assert make_modes(model=str(TINY / "deepseek_v3"), kv_cache_dtype="fp8").runner._cache.kv_scales is None
 
 
 def test_a_cache_of_int8_needs_keys_and_values_in_pages(make_modes):

@@ -23,7 +23,7 @@ class StepContext:
         decode_only: there are no other rows, and no code for them.
         platform: of the devices that the step is for: `cpu`, `gpu` or `tpu`.
         plans: of every group of layers, of which `plan` is one.
-        kv_scales: [L, 2, K] float32, what one unit of an integer pool's numbers is worth, for each layer of the pool,
+        kv_scales: [L, 2, K] float32, what one unit of an 8-bit pool's numbers is worth, for each layer of the pool,
             keys and values, and kv head; None for other pools. Layers in one place of their groups share them.
         one_way: single tokens are computed as longer rows are, and a token's bits may not depend on how its sequence is
             cut into steps.

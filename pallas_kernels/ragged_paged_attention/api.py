@@ -182,12 +182,14 @@ def write_kv(
     return _IMPLEMENTATIONS[plan.implementation].write_kv(pool, k, v, plan.slots, plan.work, layer * plan.num_pages)
 
 
+def largest_number(dtype: jnp.dtype) -> float:
+    """The largest number that a pool of the dtype holds; its negative is the least."""
+    return float(jnp.iinfo(dtype).max if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo(dtype).max)
+
+
 def _rounded(x: Array, dtype: jnp.dtype) -> Array:
-    if jnp.issubdtype(dtype, jnp.integer):
-        largest = jnp.iinfo(dtype).max
-        return jnp.clip(jnp.round(x), -largest, largest)
-    largest = float(jnp.finfo(dtype).max)
-    return jnp.clip(x, -largest, largest)
+    largest = largest_number(dtype)
+    return jnp.clip(jnp.round(x) if jnp.issubdtype(dtype, jnp.integer) else x, -largest, largest)
 
 
 def largest_values(pool: Float[Array, "..."], num_pages: int) -> Float[Array, "L 2 K"]:
