@@ -24,10 +24,13 @@ from absl import flags as absl_flags
 
 from benchmarks import program, report
 from pallas_kernels.ragged_paged_attention import Plan, Ragged, plan, ragged_paged_attention, reference, write_kv
-from pallas_kernels.ragged_paged_attention.cases import MIXES, SHAPES, Mix, Shape, make_inputs
+from pallas_kernels.ragged_paged_attention.api import largest_number
+from pallas_kernels.ragged_paged_attention.cases import MIXES, SHAPES, Mix, Shape, in_8_bits, make_inputs
 
 MODEL = SHAPES["llama-8b"]
 MAX_LEN = 8192
+#: Of keys and values, by the engine's names.
+POOL_DTYPES = {"auto": jnp.bfloat16, "fp8": jnp.float8_e4m3fn, "int8": jnp.int8}
 ROUNDS, REPEATS = 3, 8
 #: Calls written out in a program's loop; 64 take a minute to compile where a row may have 64 pieces.
 UNROLLED = 8
@@ -43,6 +46,7 @@ class Case:
     kv_lens: list[int]
     query_lens: list[int]
     shape: Shape = MODEL
+    pool_dtype: Any = jnp.bfloat16
 
     @property
     def decode_only(self) -> bool:
@@ -59,7 +63,7 @@ class Case:
         """Bytes of KV that a decode reads, or operations of a causal attention."""
         heads, size = self.shape.num_heads, self.shape.head_dim
         if self.decode_only:
-            return sum(self.kv_lens) * self.shape.num_kv_heads * size * 2 * 2
+            return sum(self.kv_lens) * self.shape.num_kv_heads * size * 2 * jnp.dtype(self.pool_dtype).itemsize
         pairs = sum(q * (kv - q) + q * (q + 1) // 2 for q, kv in zip(self.query_lens, self.kv_lens, strict=True))
         return 4 * pairs * heads * size
 
@@ -67,6 +71,13 @@ class Case:
     def calls(self) -> int:
         """How many run back to back: enough that the host, which takes about 0.3 ms a program, is not what is timed."""
         return 64 if self.kernel == "decode" and sum(self.kv_lens) <= 32 * 1024 else 8
+
+    @property
+    def kv_scales(self) -> jax.Array | None:
+        """Of a pool of 8 bits."""
+        if self.pool_dtype == jnp.bfloat16:
+            return None
+        return jnp.full((2, self.shape.num_kv_heads), 5 / largest_number(self.pool_dtype))
 
     def arrays(self, page_size: int) -> tuple[jax.Array, jax.Array, Ragged, int]:
         """q [T, N, H], the pool, the rows, and the number of pages."""
@@ -86,7 +97,9 @@ class Case:
             num_decodes=jnp.int32(sum(length == 1 for length in self.query_lens)),
         )
         q, pool = (jax.random.normal(jax.random.key(i), s, jnp.bfloat16) for i, s in enumerate((q_shape, pool_shape)))
-        return q, pool, ragged, num_pages
+        if self.kv_scales is not None:
+            pool = jnp.clip(pool / self.kv_scales[0, 0], -100, 100)
+        return q, pool.astype(self.pool_dtype), ragged, num_pages
 
     def seconds(self, page_size: int, implementation: str) -> tuple[float, float]:
         """Of one call of the op, and of one plan."""
@@ -105,7 +118,8 @@ class Case:
 
         @jax.jit  # by itself, so that it is traced and lowered once
         def once(q: jax.Array, pool: jax.Array, shared: Plan) -> jax.Array:
-            return ragged_paged_attention(q, pool, shared, jnp.int32(0), scale=self.shape.head_dim**-0.5)
+            options = {"scale": self.shape.head_dim**-0.5, "kv_scales": self.kv_scales}
+            return ragged_paged_attention(q, pool, shared, jnp.int32(0), **options)
 
         @jax.jit
         def attend(q: jax.Array, pool: jax.Array, shared: Plan) -> jax.Array:
@@ -189,11 +203,14 @@ def with_sinks(shape: Shape, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def error(
-    shape: Shape, mix: Mix, dtype: str, options: dict[str, Any], page_size: int, implementation: str
+    shape: Shape, mix: Mix, dtype: str, options: dict[str, Any], pool_dtype: Any, page_size: int, implementation: str
 ) -> dict[str, Any]:
     """Relative error, by the norm, of a step whose unused slots hold NaN: of all of it, and of each row by itself."""
     inputs = make_inputs(shape, mix, page_size=page_size, dtype=jnp.dtype(dtype))
     options = with_sinks(shape, options) | {"scale": shape.head_dim**-0.5}
+    kv_scales = None
+    if pool_dtype != jnp.bfloat16:
+        inputs, kv_scales = in_8_bits(inputs, pool_dtype)
 
     @jax.jit
     def run(inputs_pool: jax.Array, ragged: Ragged) -> tuple[jax.Array, jax.Array]:
@@ -204,11 +221,13 @@ def error(
             page_size=page_size,
             implementation=implementation,
         )
-        pool = write_kv(inputs_pool, inputs.k, inputs.v, shared, jnp.int32(1))
-        return ragged_paged_attention(inputs.q, pool, shared, jnp.int32(1), **options), pool
+        pool = write_kv(inputs_pool, inputs.k, inputs.v, shared, jnp.int32(1), kv_scales=kv_scales)
+        return ragged_paged_attention(inputs.q, pool, shared, jnp.int32(1), kv_scales=kv_scales, **options), pool
 
     out, pool = run(inputs.pool, inputs.ragged)
     out = np.asarray(out, np.float32)
+    if kv_scales is not None:
+        pool = np.asarray(pool, np.float32) * np.asarray(kv_scales).T[None, :, :, None, None]
     wanted = reference.ragged_paged_attention(inputs.q, pool, inputs.ragged, 1, inputs.num_pages, **options)
 
     def relative(tokens: slice) -> float:
@@ -277,12 +296,14 @@ def main(argv: Sequence[str]) -> int:
     here = {"flag_values": flag_values, "module_name": "kernels"}
     absl_flags.DEFINE_integer("page_size", 64, "Tokens in a page.", lower_bound=16, **here)
     absl_flags.DEFINE_string("implementation", "auto", "Of the op: auto, gpu or xla.", **here)
+    absl_flags.DEFINE_enum("kv_cache_dtype", "auto", list(POOL_DTYPES), "Of keys and values; auto: bfloat16.", **here)
     absl_flags.DEFINE_string("only", "", "Only cases whose kernel and name match this expression.", **here)
     absl_flags.DEFINE_string("out", None, "Results file to write (JSON).", **here)
     if not program.parse(flag_values, "benchmarks.kernels", __doc__, argv[1:]):
         return 0
     page_size, implementation = flag_values["page_size"].value, flag_values["implementation"].value
     only, out = flag_values["only"].value, flag_values["out"].value
+    pool_dtype = POOL_DTYPES[flag_values["kv_cache_dtype"].value]
     fields = {"page_size": page_size, "implementation": implementation, "rows": [], "relative_error": [], "cuts": []}
     document = report.document("benchmarks.kernels", argv, device=report.jax_device(), **fields)
 
@@ -291,14 +312,14 @@ def main(argv: Sequence[str]) -> int:
         if out:
             report.write(out, document)
 
-    for case in cases():
+    for case in (dataclasses.replace(case, pool_dtype=pool_dtype) for case in cases()):
         if re.search(only, f"{case.kernel} {case.name}"):
             row = {"kernel": case.kernel, "case": case.name}
             record("rows", row, lambda case=case: measure(case, page_size, implementation))
     for name, *case in checks():
         if re.search(only, f"check {name}"):
             row = {"case": name}
-            record("relative_error", row, lambda case=case: error(*case, page_size, implementation))
+            record("relative_error", row, lambda case=case: error(*case, pool_dtype, page_size, implementation))
     for shape, (name, options) in itertools.product(("llama-8b", "smollm2-135m"), OPTIONS.items()):
         if re.search(only, f"cuts {shape} {name}"):
             row, given = {"case": f"{shape}, {name}".rstrip(", ")}, with_sinks(SHAPES[shape], options)

@@ -26,8 +26,8 @@ from pallas_kernels.ragged_paged_attention import api as attention_op
 
 #: Tokens that are read.
 _NUM_TOKENS = 256
-#: Room for numbers larger than those seen; what is larger still is cut off. It costs int8 one of its bits. The numbers of
-#: fp8 have the same bits behind the first wherever they lie, so room costs them nothing as far as 2 ** -6.
+#: Room for numbers larger than those seen; what is larger still is cut off. It costs int8 one of its bits. The numbers
+#: of fp8 have the same bits behind the first wherever they lie, so room costs them nothing as far as 2 ** -6.
 _MARGINS = {"int8": 2.0, "float8_e4m3fn": 8.0}
 
 

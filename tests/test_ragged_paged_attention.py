@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels.ragged_paged_attention import Ragged, plan, pool_shape, ragged_paged_attention, reference, write_kv
-from pallas_kernels.ragged_paged_attention.api import largest_values
-from pallas_kernels.ragged_paged_attention.cases import MIXES, SHAPES, Inputs, Mix, make_inputs
+from pallas_kernels.ragged_paged_attention.api import largest_number, largest_values
+from pallas_kernels.ragged_paged_attention.cases import MIXES, SHAPES, Inputs, Mix, in_8_bits, make_inputs
 
 LAYER = 1
 
@@ -75,29 +75,24 @@ def test_what_8_bits_cannot_hold_becomes_their_largest_number():
     assert np.nanmin(np.asarray(pool, np.float32)) == -448
 
 
-def _with_int8_pool(inputs: Inputs) -> tuple[Inputs, np.ndarray]:
-    """The inputs with a pool of int8, and its scales [2, K]; what was NaN becomes the largest number."""
-    heads = inputs.k.shape[1]
-    scales = np.linspace(0.02, 0.05, 2 * heads, dtype=np.float32).reshape(2, heads)
-    units = np.asarray(inputs.pool, np.float32) / scales.T[None, :, :, None, None]
-    return dataclasses.replace(
-        inputs, pool=jnp.asarray(np.nan_to_num(units, nan=127).clip(-127, 127), jnp.int8)
-    ), scales
+def _as_it_was(pool: jax.Array, scales: jax.Array) -> np.ndarray:
+    return np.asarray(pool, np.float32) * np.asarray(scales).T[None, :, :, None, None]
 
 
-def _as_it_was(pool: jax.Array, scales: np.ndarray) -> np.ndarray:
-    return np.asarray(pool, np.float32) * scales.T[None, :, :, None, None]
-
-
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn])
 @pytest.mark.parametrize("mix", MIXES)
-def test_a_pool_of_int8_has_scales_by_head(mix):
-    inputs, scales = _with_int8_pool(make_inputs(SHAPES["mha"], MIXES[mix]))
-    out, pool = _run(inputs, kv_scales=jnp.asarray(scales))
-    before = dataclasses.replace(inputs, pool=_as_it_was(inputs.pool, scales))
-    wanted_pool = reference.write_kv(before.pool, inputs.k, inputs.v, inputs.ragged, LAYER, inputs.num_pages)
-    room = 127 * scales.T[None, :, :, None, None]
-    error = np.abs(_as_it_was(pool, scales) - np.clip(wanted_pool, -room, room)) / scales.T[None, :, :, None, None]
-    assert error.max() < 0.501  # of a unit
+def test_a_pool_of_8_bits_has_scales_by_head(mix, dtype):
+    inputs, scales = in_8_bits(make_inputs(SHAPES["mha"], MIXES[mix]), dtype)
+    out, pool = _run(inputs, kv_scales=scales)
+    before = _as_it_was(inputs.pool, scales)
+    wanted_pool = reference.write_kv(before, inputs.k, inputs.v, inputs.ragged, LAYER, inputs.num_pages)
+    unit = np.asarray(scales).T[None, :, :, None, None]
+    wanted_pool = np.clip(wanted_pool, -largest_number(dtype) * unit, largest_number(dtype) * unit)
+    error = np.abs(_as_it_was(pool, scales) - wanted_pool) / unit
+    # Half a unit of int8; half of the last of three bits behind the first of e4m3, or of its smallest number.
+    allowed = 0.501 if dtype == jnp.int8 else np.maximum(np.abs(wanted_pool) / unit * 2.0**-4, 2.0**-10) * 1.001
+    assert (np.isnan(error) | (error < allowed)).all()
+    np.testing.assert_array_equal(np.isnan(error), np.isnan(before) & np.isnan(wanted_pool))
     scale = inputs.q.shape[-1] ** -0.5
     wanted = reference.ragged_paged_attention(
         inputs.q, _as_it_was(pool, scales), inputs.ragged, LAYER, inputs.num_pages, scale=scale

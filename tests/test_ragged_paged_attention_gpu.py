@@ -9,8 +9,16 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ragged_paged_attention import Device, Ragged, plan, ragged_paged_attention, reference, write_kv
-from pallas_kernels.ragged_paged_attention.cases import Mix, Shape, make_inputs
+from pallas_kernels.ragged_paged_attention import (
+    Device,
+    Ragged,
+    plan,
+    ragged_paged_attention,
+    reference,
+    write_kv,
+    xla,
+)
+from pallas_kernels.ragged_paged_attention.cases import Inputs, Mix, Shape, in_8_bits, make_inputs
 from pallas_kernels.ragged_paged_attention.gpu_decode import max_splits, merge, plan_decode
 from pallas_kernels.ragged_paged_attention.gpu_tiles import HOPPER
 
@@ -20,7 +28,12 @@ TOLERANCE = {jnp.bfloat16: 4e-3, jnp.float16: 5e-4}
 
 
 def _check(shape: Shape, mix: Mix, page_size: int = 16, dtype=jnp.bfloat16, seed: int = 0, **options):
-    inputs = make_inputs(shape, mix, page_size=page_size, dtype=dtype, seed=seed)
+    _check_inputs(
+        make_inputs(shape, mix, page_size=page_size, dtype=dtype, seed=seed), mix, page_size, dtype, **options
+    )
+
+
+def _check_inputs(inputs: Inputs, mix: Mix, page_size: int, dtype, kv_scales=None, **options):
     with plgpu.force_gpu_interpret_mode():
         shared = plan(
             inputs.ragged,
@@ -30,9 +43,11 @@ def _check(shape: Shape, mix: Mix, page_size: int = 16, dtype=jnp.bfloat16, seed
             decode_only=all(tokens == 1 for _, tokens in mix.rows),
             implementation="gpu",
         )
-        pool = write_kv(inputs.pool, inputs.k, inputs.v, shared, jnp.int32(LAYER))
-        options = {"scale": shape.head_dim**-0.5, **options}
-        out = ragged_paged_attention(inputs.q, pool, shared, jnp.int32(LAYER), **options)
+        pool = write_kv(inputs.pool, inputs.k, inputs.v, shared, jnp.int32(LAYER), kv_scales=kv_scales)
+        options = {"scale": inputs.q.shape[-1] ** -0.5, **options}
+        out = ragged_paged_attention(inputs.q, pool, shared, jnp.int32(LAYER), kv_scales=kv_scales, **options)
+    if kv_scales is not None:
+        pool = np.asarray(pool, np.float32) * np.asarray(kv_scales).T[None, :, :, None, None]
     wanted = reference.ragged_paged_attention(inputs.q, pool, inputs.ragged, LAYER, inputs.num_pages, **options)
     out = np.asarray(out, np.float32)
     assert np.isfinite(out).all()
@@ -43,6 +58,39 @@ def _check(shape: Shape, mix: Mix, page_size: int = 16, dtype=jnp.bfloat16, seed
 @pytest.mark.parametrize("page_size", [16, pytest.param(128, marks=pytest.mark.long)])
 def test_decode(page_size):
     _check(Shape(6, 2, 64), Mix(((1, 1), (64, 1), (65, 1), (300, 1)), 6, 6), page_size)
+
+
+def _check_8_bits(pool_dtype, shape: Shape, mix: Mix, page_size: int = 16, dtype=jnp.bfloat16, **options):
+    inputs, scales = in_8_bits(make_inputs(shape, mix, page_size=page_size, dtype=dtype), pool_dtype)
+    _check_inputs(inputs, mix, page_size, dtype, kv_scales=scales, **options)
+
+
+@pytest.mark.parametrize("pool_dtype", [jnp.int8, jnp.float8_e4m3fn])
+def test_decode_of_a_pool_of_8_bits(pool_dtype, monkeypatch):
+    """Through the warpgroup that converts, with more tiles than it has buffers; nothing goes through XLA."""
+    monkeypatch.setattr(xla, "attend", None)
+    _check_8_bits(pool_dtype, Shape(6, 2, 64), Mix(((1, 1), (64, 1), (65, 1), (500, 1)), 6, 6))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("pool_dtype", "shape", "dtype"),
+    [
+        (jnp.float8_e4m3fn, Shape(4, 1, 128), jnp.float16),
+        (jnp.float8_e4m3fn, Shape(3, 1, 96), jnp.bfloat16),
+        (jnp.int8, Shape(2, 1, 256), jnp.bfloat16),
+    ],
+)
+def test_decode_shapes_of_a_pool_of_8_bits(pool_dtype, shape, dtype):
+    _check_8_bits(pool_dtype, shape, Mix(((200, 1),), 2, 2), 32, dtype, sliding_window=150)
+
+
+def test_longer_rows_of_a_pool_of_8_bits():
+    _check_8_bits(jnp.float8_e4m3fn, Shape(2, 1, 64), Mix(((70, 1), (20, 20), (80, 67)), 90, 4), 32)
+
+
+def test_int8_with_float16_takes_the_fallback():
+    _check_8_bits(jnp.int8, Shape(2, 1, 64), Mix(((70, 1), (20, 20)), 24, 4), dtype=jnp.float16)
 
 
 def test_decode_with_every_option():

@@ -4,12 +4,12 @@ The shapes are those of real models. `make_inputs` draws a step for a shape and 
 with NaN. Nothing here measures or asserts.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.ragged_paged_attention.api import Ragged, pool_shape
+from pallas_kernels.ragged_paged_attention.api import Ragged, largest_number, pool_shape
 
 
 @dataclass(frozen=True)
@@ -117,3 +117,16 @@ def make_inputs(
     kv_heads = shape.num_kv_heads
     new = draw(shape.num_heads), draw(kv_heads), draw(kv_heads)
     return Inputs(*new, jnp.asarray(pool, pool_dtype or dtype), ragged, num_pages)
+
+
+def in_8_bits(inputs: Inputs, dtype) -> tuple[Inputs, jnp.ndarray]:
+    """The step with its pool in int8 or float8_e4m3fn, and the pool's scales [2, K] float32, each head's another.
+
+    The type's largest number is 4 to 6 of what the pool holds. What is NaN stays so, or becomes the largest number.
+    """
+    heads, largest = inputs.k.shape[1], largest_number(jnp.dtype(dtype))
+    scales = np.linspace(4, 6, 2 * heads, dtype=np.float32).reshape(2, heads) / largest
+    units = np.asarray(inputs.pool, np.float32) / scales.T[None, :, :, None, None]
+    if jnp.issubdtype(dtype, jnp.integer):
+        units = np.nan_to_num(units, nan=largest).round()
+    return replace(inputs, pool=jnp.asarray(units.clip(-largest, largest), dtype)), jnp.asarray(scales)

@@ -5,7 +5,7 @@ writes it, in place. Shapes the kernels do not take (float32, odd head sizes, pa
 under 16 tokens) go through xla.py as a whole; of the two work lists XLA drops the one that no layer reads.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels.ragged_paged_attention import xla
 from pallas_kernels.ragged_paged_attention.gpu_decode import DecodeWork, decode, plan_decode
 from pallas_kernels.ragged_paged_attention.gpu_prefill import PrefillWork, plan_prefill, prefill, tokens_per_block
-from pallas_kernels.ragged_paged_attention.gpu_tiles import HOPPER, INTERPRETED, Tiles, supports
+from pallas_kernels.ragged_paged_attention.gpu_tiles import HOPPER, INTERPRETED, Tiles, product_dtype, supports
 from pallas_kernels.ragged_paged_attention.implementation import Options
 
 #: The kernel for longer rows does not fit shared memory past this head size; XLA serves them there.
@@ -85,17 +85,17 @@ def make_work_list(
 
 def attend(q, pool, work: WorkList, first_page, options: Options):
     """Causal attention of the packed queries q [T, N, H] on their rows' KV. Returns [T, N, H] of q's dtype."""
-    if q.dtype != pool.dtype or not supports(q.shape[-1], q.dtype, work.page_size):
+    if product_dtype(q.dtype, pool.dtype) is None or not supports(q.shape[-1], q.dtype, work.page_size):
         return xla.attend(q, pool, work.fallback, first_page, options)
     rows = work.decodes.rows.shape[0]
     decoded = decode(q[:rows], pool, work.page_table[:rows], work.decodes, first_page, options, work.tiles)
     if work.decode_only:
         return decoded
     blocks = work.prefills[tokens_per_block(q.shape[1] // pool.shape[1])]
-    if q.shape[-1] <= MAX_PREFILL_HEAD_DIM:
+    if q.shape[-1] <= MAX_PREFILL_HEAD_DIM and q.dtype == pool.dtype:
         longer = prefill(q, pool, work.page_table, blocks, first_page, options, work.tiles)
     else:
-        longer = xla.attend(q, pool, work.fallback, first_page, options)
+        longer = xla.attend(q, pool, replace(work.fallback, num_decodes=jnp.int32(0)), first_page, options)
     token = jnp.arange(q.shape[0])[:, None, None]
     decoded = jnp.pad(decoded, ((0, q.shape[0] - rows), (0, 0), (0, 0)))
     return jnp.where(token < work.num_decodes, decoded, jnp.where(token < work.num_tokens, longer, 0))

@@ -6,6 +6,8 @@ warpgroup fetches key and value tiles page by page with the copy engine and runs
 from one item into the next, so the fetches never drain. The query heads of a kv head are padded to the 64 rows of a
 matrix instruction; the kernel is bound by memory, so the padding is free.
 
+Tiles of a pool of 8 bits pass through a third warpgroup, which converts them into a second pair of buffers.
+
 Called by gpu.py only. How a row is cut depends on its own length and on compiled sizes, never on its neighbours.
 """
 
@@ -31,13 +33,17 @@ from pallas_kernels.ragged_paged_attention.gpu_tiles import (
     cap_scores,
     clear_unwritten,
     exponent,
+    packed_transforms,
+    product_dtype,
     swizzle,
     transforms,
     update_softmax,
 )
 from pallas_kernels.ragged_paged_attention.implementation import Options
 
-COMPUTE, MEMORY = 0, 1
+COMPUTE, MEMORY, CONVERT = 0, 1, 2
+#: Of each thread of the warpgroup that converts; it starts with 168, a third of what there is.
+CONVERT_REGISTERS = 232
 
 
 @jax.tree_util.register_dataclass
@@ -101,6 +107,7 @@ class _Sizes:
     page_size: int
     max_splits: int
     dtype: Any
+    pool_dtype: Any
     options: Options
     tiles: Tiles
 
@@ -115,9 +122,23 @@ class _Sizes:
         return -(-self.group // 32) * 32
 
     @property
-    def stages(self) -> int:
+    def converts(self) -> bool:
+        """Tiles arrive in another type than the tensor cores'."""
+        return self.dtype != self.pool_dtype
+
+    @property
+    def fetched_stages(self) -> int:
         """Key and value tiles in flight."""
+        if self.converts and self.head_dim <= 128:
+            return 6
         return 4 if self.head_dim <= 128 else 2
+
+    @property
+    def stages(self) -> int:
+        """Key and value tiles that the compute warpgroup reads from."""
+        if not self.converts:
+            return self.fetched_stages
+        return 2 if self.head_dim <= 128 else 1
 
 
 def decode(
@@ -128,25 +149,28 @@ def decode(
     _, num_kv_heads, _, page_size, _ = pool.shape
     group = num_heads // num_kv_heads
     most = max_splits(num_rows, -(-table.shape[1] * page_size // tiles.block), tiles)
-    sizes = _Sizes(num_kv_heads, group, head_dim, page_size, most, q.dtype, options._replace(sinks=None), tiles)
+    dtype = product_dtype(q.dtype, pool.dtype)
+    sizes = _Sizes(
+        num_kv_heads, group, head_dim, page_size, most, dtype, pool.dtype, options._replace(sinks=None), tiles
+    )
     pieces = num_rows * most
     run = plgpu.kernel(
         functools.partial(_entry, sizes),
         out_type=(
-            jax.ShapeDtypeStruct((pieces, num_heads, head_dim), q.dtype),
+            jax.ShapeDtypeStruct((pieces, num_heads, head_dim), dtype),
             jax.ShapeDtypeStruct((pieces, num_kv_heads, sizes.padded_group), jnp.float32),
         ),
         kernel_name="attention_decode",
         grid=(tiles.num_workers,),
         grid_names=("worker",),
-        num_threads=2,
+        num_threads=3 if sizes.converts else 2,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
     first = jnp.reshape(first_page, (1,)).astype(jnp.int32)
-    parts, lse = run(q, pool, table, work.rows, work.shares, first)
+    parts, lse = run(q.astype(dtype), pool, table, work.rows, work.shares, first)
     if most == 1 and options.sinks is None:
-        return parts
+        return parts.astype(q.dtype)
     lse = lse[..., :group].reshape(num_rows, most, num_heads)
     merged = merge(parts.reshape(num_rows, most, num_heads, head_dim), lse, work.rows[:, 1], options.sinks)
     return merged.astype(q.dtype)
@@ -173,59 +197,69 @@ def merge(parts, lse, splits, sinks):
 
 
 def _entry(sizes: _Sizes, *refs):
-    """Allocates shared memory and barriers, then runs the two warpgroups."""
+    """Allocates shared memory and barriers, then runs the warpgroups."""
     rows, block, width = WARPGROUP_ROWS, sizes.tiles.block, sizes.head_dim
-    stages = sizes.stages
     layout = transforms(width)
     copies = max(block // sizes.page_size, 1)
     # The interpreter's way needs the probabilities in shared memory; the other has no use for them.
     p_rows = 8 if sizes.tiles.registers else rows
 
-    def run(*scratch):
-        memory = _Shared(*scratch)
+    def tiles(stages: int, dtype, layout: tuple, arrivals: int) -> "_Tiles":
+        buffer = plgpu.SMEM((stages, block, width), dtype, transforms=layout)
+        full, free = plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages), plgpu.Barrier(num_barriers=stages)
+        return _Tiles(buffer, buffer, full, full, free, free)
+
+    def run(fetched, own, *scratch):
+        memory = _Shared(fetched, own or fetched, *scratch)
         warpgroup = lax.axis_index("warpgroup")
         pl.when(warpgroup == MEMORY)(lambda: _fetch(sizes, refs, memory))
         pl.when(warpgroup == COMPUTE)(lambda: _compute(sizes, refs, memory))
+        if sizes.converts:
+            pl.when(warpgroup == CONVERT)(lambda: _convert(sizes, refs, memory))
 
     pl.run_scoped(
         run,
+        tiles(sizes.fetched_stages, sizes.pool_dtype, packed_transforms(width) if sizes.converts else layout, copies),
+        tiles(sizes.stages, sizes.dtype, layout, 1) if sizes.converts else None,
         plgpu.SMEM((sizes.staged_rows, width), sizes.dtype),
         plgpu.SMEM((rows, width), sizes.dtype, transforms=layout),
-        plgpu.SMEM((stages, block, width), sizes.dtype, transforms=layout),
-        plgpu.SMEM((stages, block, width), sizes.dtype, transforms=layout),
         plgpu.SMEM((rows, width), sizes.dtype),
         plgpu.SMEM((rows,), jnp.float32),
         plgpu.SMEM((p_rows, block), sizes.dtype, transforms=transforms(block)),
         plgpu.Barrier(),
         plgpu.Barrier(),
-        plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-        plgpu.Barrier(num_barriers=stages),
-        plgpu.Barrier(num_barriers=stages),
         collective_axes="warpgroup",
     )
+
+
+class _Tiles(NamedTuple):
+    """Key and value tiles, and the barriers that hand them over."""
+
+    k: Any
+    v: Any
+    k_full: Any
+    v_full: Any
+    k_free: Any
+    v_free: Any
 
 
 class _Shared(NamedTuple):
     """Shared memory of a thread block, and the barriers that hand its parts over.
 
-    Queries come into `staging`: the copy engine writes the tensor cores' layout only by eight rows at multiples of
-    eight, and the query heads of a kv head may be any number.
+    The copy engine fills `fetched`; the compute warpgroup reads `tiles`, which are the same ones unless the pool's type
+    has to be converted. Queries come into `staging`: the copy engine writes the tensor cores' layout only by eight rows
+    at multiples of eight, and the query heads of a kv head may be any number.
     """
 
+    fetched: _Tiles
+    tiles: _Tiles
     staging: Any
     q: Any
-    k: Any
-    v: Any
     out: Any
     lse: Any
     p: Any
     q_full: Any
     q_free: Any
-    k_full: Any
-    v_full: Any
-    k_free: Any
-    v_free: Any
 
 
 def _for_items(sizes: _Sizes, rows, shares, visit, carry):
@@ -266,7 +300,7 @@ def _fetch(sizes: _Sizes, refs, memory: _Shared):
     """The memory warpgroup: queries and key and value tiles of all items, as fast as buffers come free."""
     plgpu.set_max_registers(40, action="decrease")
     q_ref, pool_ref, table_ref, rows_ref, shares_ref, first_ref = refs[:6]
-    block, page_size, stages = sizes.tiles.block, sizes.page_size, sizes.stages
+    block, page_size, stages, tiles = sizes.tiles.block, sizes.page_size, sizes.fetched_stages, memory.fetched
     first_page = first_ref[0]
     size = min(block, page_size)
 
@@ -275,8 +309,8 @@ def _fetch(sizes: _Sizes, refs, memory: _Shared):
 
         @pl.when(step >= stages)
         def _():
-            plgpu.barrier_wait(memory.k_free.at[stage])
-            plgpu.barrier_wait(memory.v_free.at[stage])
+            plgpu.barrier_wait(tiles.k_free.at[stage])
+            plgpu.barrier_wait(tiles.v_free.at[stage])
 
         for part in range(block // size):
             position = tile * block + part * size
@@ -285,12 +319,8 @@ def _fetch(sizes: _Sizes, refs, memory: _Shared):
             page = first_page + table_ref[row, index]
             inside = pl.ds(lax.rem(position, jnp.int32(page_size)), size) if size < page_size else slice(None)
             here = pl.ds(part * size, size)
-            plgpu.copy_gmem_to_smem(
-                pool_ref.at[page, head, 0, inside], memory.k.at[stage, here], memory.k_full.at[stage]
-            )
-            plgpu.copy_gmem_to_smem(
-                pool_ref.at[page, head, 1, inside], memory.v.at[stage, here], memory.v_full.at[stage]
-            )
+            plgpu.copy_gmem_to_smem(pool_ref.at[page, head, 0, inside], tiles.k.at[stage, here], tiles.k_full.at[stage])
+            plgpu.copy_gmem_to_smem(pool_ref.at[page, head, 1, inside], tiles.v.at[stage, here], tiles.v_full.at[stage])
         return step + 1
 
     def visit(index, item, carry):
@@ -309,10 +339,45 @@ def _fetch(sizes: _Sizes, refs, memory: _Shared):
     @pl.loop(jnp.maximum(steps - stages, 0), steps)
     def _(step):
         stage = lax.rem(step, jnp.int32(stages))
-        plgpu.barrier_wait(memory.k_free.at[stage])
-        plgpu.barrier_wait(memory.v_free.at[stage])
+        plgpu.barrier_wait(tiles.k_free.at[stage])
+        plgpu.barrier_wait(tiles.v_free.at[stage])
 
     pl.when(items > 0)(lambda: plgpu.barrier_wait(memory.q_free))
+
+
+def _convert(sizes: _Sizes, refs, memory: _Shared):
+    """The third warpgroup: 8-bit tiles to the tensor cores' type."""
+    plgpu.set_max_registers(CONVERT_REGISTERS, action="increase")
+    *_, rows_ref, shares_ref, _, _, _ = refs
+    source, target = memory.fetched, memory.tiles
+    shape = (sizes.tiles.block, sizes.head_dim)
+    layout = plgpu.Layout.SMEM_GMEM_COPY(shape, sizes.dtype, swizzle(sizes.head_dim))
+
+    def convert(_, step):
+        fetched, stage = (lax.rem(step, jnp.int32(stages)) for stages in (sizes.fetched_stages, sizes.stages))
+        for part in ("k", "v"):
+            packed, full, free = (getattr(source, part + name).at[fetched] for name in ("", "_full", "_free"))
+            own, own_full, own_free = (getattr(target, part + name).at[stage] for name in ("", "_full", "_free"))
+            plgpu.barrier_wait(full)
+            numbers = plgpu.load(packed, layout=layout)
+            pl.when(step >= sizes.stages)(lambda own_free=own_free: plgpu.barrier_wait(own_free))
+            own[...] = numbers.astype(sizes.dtype)
+            plgpu.barrier_arrive(free)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(own_full)
+        return step + 1
+
+    def visit(_, item, step):
+        return lax.fori_loop(item.begin, item.end, convert, step)
+
+    steps = _for_items(sizes, rows_ref, shares_ref, visit, jnp.int32(0))
+
+    # Nobody may leave while arrivals are outstanding.
+    @pl.loop(jnp.maximum(steps - sizes.stages, 0), steps)
+    def _(step):
+        stage = lax.rem(step, jnp.int32(sizes.stages))
+        plgpu.barrier_wait(target.k_free.at[stage])
+        plgpu.barrier_wait(target.v_free.at[stage])
 
 
 def _compute(sizes: _Sizes, refs, memory: _Shared):
@@ -350,16 +415,16 @@ def _compute(sizes: _Sizes, refs, memory: _Shared):
 def _attend_tile(sizes: _Sizes, memory: _Shared, length, tile, carry):
     """One step of online softmax: scores of a key tile, then their weights times the value tile."""
     acc, top, total, step = carry
-    rows, block, options = WARPGROUP_ROWS, sizes.tiles.block, sizes.options
+    rows, block, options, tiles = WARPGROUP_ROWS, sizes.tiles.block, sizes.options, memory.tiles
     stage = lax.rem(step, jnp.int32(sizes.stages))
-    plgpu.barrier_wait(memory.k_full.at[stage])
+    plgpu.barrier_wait(tiles.k_full.at[stage])
 
     def multiply_keys(scores):
-        plgpu.wgmma(scores, memory.q, memory.k.at[stage].transpose((1, 0)))
+        plgpu.wgmma(scores, memory.q, tiles.k.at[stage].transpose((1, 0)))
         return scores[...]
 
     scores = pl.run_scoped(multiply_keys, plgpu.ACC((rows, block), jnp.float32))
-    plgpu.barrier_arrive(memory.k_free.at[stage])
+    plgpu.barrier_arrive(tiles.k_free.at[stage])
     scores = cap_scores(scores, options)
     key = plgpu.broadcasted_iota(jnp.int32, (rows, block), 1, layout=plgpu.Layout.WGMMA) + tile * block
     seen = key < length
@@ -367,10 +432,10 @@ def _attend_tile(sizes: _Sizes, memory: _Shared, length, tile, carry):
         seen = seen & (key >= length - options.sliding_window)
     weights, factor, top, total = update_softmax(jnp.where(seen, scores, MASKED), top, total, options)
     acc = acc * lax.broadcast_in_dim(factor, acc.shape, [0])
-    plgpu.barrier_wait(memory.v_full.at[stage])
-    pl.when((tile + 1) * block > length)(lambda: clear_unwritten(memory.v.at[stage], length - tile * block))
-    acc = add_values(acc, weights.astype(sizes.dtype), memory.v.at[stage], memory.p, sizes.tiles.registers)
-    plgpu.barrier_arrive(memory.v_free.at[stage])
+    plgpu.barrier_wait(tiles.v_full.at[stage])
+    pl.when((tile + 1) * block > length)(lambda: clear_unwritten(tiles.v.at[stage], length - tile * block))
+    acc = add_values(acc, weights.astype(sizes.dtype), tiles.v.at[stage], memory.p, sizes.tiles.registers)
+    plgpu.barrier_arrive(tiles.v_free.at[stage])
     return acc, top, total, step + 1
 
 

@@ -61,9 +61,29 @@ def transforms(head_dim: int) -> tuple:
     return (plgpu.TilingTransform((8, width // 2)), plgpu.SwizzleTransform(width))
 
 
+def packed_transforms(head_dim: int) -> tuple:
+    """The layout of 8-bit rows of `head_dim` that a warpgroup reads in the order of `transforms`, 8 numbers a thread,
+    without two threads in one bank."""
+    width = swizzle(head_dim) // 2
+    return (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(width))
+
+
 def supports(head_dim: int, dtype, page_size: int) -> bool:
     """Whether the kernels take this shape."""
     return head_dim in (64, 96, 128, 256) and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) and 16 <= page_size <= 128
+
+
+def product_dtype(dtype, pool_dtype) -> jnp.dtype | None:
+    """What the tensor cores multiply, for queries of `dtype`; None where the kernels do not take such a pool.
+
+    8-bit numbers are converted on their way, exactly. Hopper has an instruction for e4m3 to float16 and none to
+    bfloat16, and three instructions for two numbers of int8 to bfloat16.
+    """
+    if dtype == pool_dtype:
+        return jnp.dtype(dtype)
+    if pool_dtype == jnp.float8_e4m3fn:
+        return jnp.dtype(jnp.float16)
+    return jnp.dtype(dtype) if pool_dtype == jnp.int8 and dtype == jnp.bfloat16 else None
 
 
 def cap_scores(scores, options: Options):
