@@ -26,8 +26,8 @@ class KVCache:
         token_ids: [num_pages * page_size] the token at each place of the pool. The penalties read a sequence's history
             from here, by the same page table, so it is right whatever happens to the sequence's pages.
         last_tokens: [max_num_seqs + 1] the token that each slot sampled last; the last place takes what padding writes.
-        kv_scales: [L, 2, K] float32, of a pool of 8-bit keys and values; see StepContext. None for other pools: those of
-            16 or 32 bits, and latent keys.
+        kv_scales: [L, 2, K] float32, of a pool of 8-bit keys and values; see StepContext. None for
+            other pools: those of 16 or 32 bits, and latent keys.
     """
 
     pool: Any

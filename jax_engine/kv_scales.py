@@ -1,4 +1,4 @@
-"""What one unit of an 8-bit KV cache is worth, for each layer, kv head, keys and values: found once, before any request.
+"""What one unit of an 8-bit KV cache is worth, for each layer, kv head, keys and values: found before any request.
 
 Called by model_runner.py. The model reads a fixed text of random tokens into a small cache of its own dtype, and the
 largest number that a head wrote, some times over, becomes the largest of the 8-bit cache: 127 of int8, 448 of fp8.
