@@ -30,29 +30,32 @@ LAYERS, PAGES = 2, 4096
 
 
 @pytest.mark.parametrize(
-    "bucket",
+    ("bucket", "kv_cache_dtype"),
     [
-        pytest.param(Bucket(1, 1, True), marks=pytest.mark.long),
-        Bucket(32, 32, True),
-        pytest.param(Bucket(256, 256, True), marks=pytest.mark.long),
-        pytest.param(Bucket(512, 256, False), marks=pytest.mark.long),
-        pytest.param(Bucket(8192, 256, False), marks=pytest.mark.long),
+        pytest.param(Bucket(1, 1, True), "auto", marks=pytest.mark.long),
+        (Bucket(32, 32, True), "auto"),
+        (Bucket(32, 32, True), "fp8"),
+        pytest.param(Bucket(32, 32, True), "int8", marks=pytest.mark.long),
+        pytest.param(Bucket(256, 256, True), "auto", marks=pytest.mark.long),
+        pytest.param(Bucket(256, 256, True), "fp8", marks=pytest.mark.long),
+        pytest.param(Bucket(512, 256, False), "auto", marks=pytest.mark.long),
+        pytest.param(Bucket(8192, 256, False), "auto", marks=pytest.mark.long),
     ],
-    ids=lambda bucket: f"{bucket.num_tokens}x{bucket.num_seqs}",
+    ids=lambda value: value if isinstance(value, str) else f"{value.num_tokens}x{value.num_seqs}",
 )
-def test_a_step_compiles_in_place_and_without_spills(bucket, tmp_path, monkeypatch):
+def test_a_step_compiles_in_place_and_without_spills(bucket, kv_cache_dtype, tmp_path, monkeypatch):
     monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
     device = open_target("h100").devices[0]
     whole = read_config(NAMED_SHAPES["llama-3.1-8b"])
     model = dataclasses.replace(whole, num_hidden_layers=LAYERS, layers=whole.layers[:LAYERS])
     limits = resolve(EngineConfig(), model, platform="gpu", num_pages=PAGES)
-    program = ModelProgram(model, "bfloat16", [device])
+    program = ModelProgram(model, "bfloat16", [device], kv_cache_dtype=kv_cache_dtype)
     assert program.device.platform == "gpu"
     lowered = program.lower(bucket, limits)[1]
     memory = lowered.compile(compiler_options=program.compiler_options(bucket)).memory_analysis()
     pool = program.cache_shapes(limits).pool
-    pool_bytes = math.prod(pool.shape) * 2
+    pool_bytes = math.prod(pool.shape) * pool.dtype.itemsize
     assert memory.alias_size_in_bytes >= pool_bytes
     assert memory.temp_size_in_bytes < pool_bytes / LAYERS
     reports = [file.read_text() for file in tmp_path.glob("*.ptxas")]

@@ -235,7 +235,7 @@ def test_keys_and_values_that_8_bits_do_not_hold_as_they_are(make_modes, monkeyp
     want = logprobs(make_modes(**options).engine())
     got = logprobs(make_modes(**options, model=str(tmp_path / "model")).engine())
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
-    monkeypatch.setattr(model_runner, "find_scales", lambda *_: jnp.ones((2, 2, 2)))
+    monkeypatch.setattr(model_runner, "find_scales", lambda *_: jnp.ones((3, 2, 2)))
     with jax.transfer_guard("allow"):
         without = logprobs(make_modes(**options, model=str(tmp_path / "model")).engine())
     assert np.abs(without - want).mean() > 0.1

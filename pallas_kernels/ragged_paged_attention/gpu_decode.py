@@ -242,6 +242,10 @@ class _Tiles(NamedTuple):
     k_free: Any
     v_free: Any
 
+    def both(self) -> tuple[tuple, tuple]:
+        """(tiles, full, free) of keys, and of values."""
+        return (self.k, self.k_full, self.k_free), (self.v, self.v_full, self.v_free)
+
 
 class _Shared(NamedTuple):
     """Shared memory of a thread block, and the barriers that hand its parts over.
@@ -348,23 +352,21 @@ def _fetch(sizes: _Sizes, refs, memory: _Shared):
 def _convert(sizes: _Sizes, refs, memory: _Shared):
     """The third warpgroup: 8-bit tiles to the tensor cores' type."""
     plgpu.set_max_registers(CONVERT_REGISTERS, action="increase")
-    *_, rows_ref, shares_ref, _, _, _ = refs
+    rows_ref, shares_ref = refs[3:5]
     source, target = memory.fetched, memory.tiles
     shape = (sizes.tiles.block, sizes.head_dim)
     layout = plgpu.Layout.SMEM_GMEM_COPY(shape, sizes.dtype, swizzle(sizes.head_dim))
 
     def convert(_, step):
         fetched, stage = (lax.rem(step, jnp.int32(stages)) for stages in (sizes.fetched_stages, sizes.stages))
-        for part in ("k", "v"):
-            packed, full, free = (getattr(source, part + name).at[fetched] for name in ("", "_full", "_free"))
-            own, own_full, own_free = (getattr(target, part + name).at[stage] for name in ("", "_full", "_free"))
-            plgpu.barrier_wait(full)
-            numbers = plgpu.load(packed, layout=layout)
-            pl.when(step >= sizes.stages)(lambda own_free=own_free: plgpu.barrier_wait(own_free))
-            own[...] = numbers.astype(sizes.dtype)
-            plgpu.barrier_arrive(free)
+        for (packed, full, free), (own, own_full, own_free) in zip(source.both(), target.both(), strict=True):
+            plgpu.barrier_wait(full.at[fetched])
+            numbers = plgpu.load(packed.at[fetched], layout=layout)
+            pl.when(step >= sizes.stages)(lambda own_free=own_free: plgpu.barrier_wait(own_free.at[stage]))
+            own[stage] = numbers.astype(sizes.dtype)
+            plgpu.barrier_arrive(free.at[fetched])
             plgpu.commit_smem()
-            plgpu.barrier_arrive(own_full)
+            plgpu.barrier_arrive(own_full.at[stage])
         return step + 1
 
     def visit(_, item, step):
