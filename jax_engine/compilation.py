@@ -4,8 +4,9 @@ model_runner.py calls `build` with the steps of all buckets. Nothing here knows 
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,14 +21,40 @@ _CPU_THREADS = 2
 
 @dataclass(frozen=True)
 class Program:
-    """Something to compile.
+    """Something to compile: a function, for arguments of these shapes in these places.
 
     Attributes:
-        lower: traces and lowers it. options: of the compiler, beside XLA_FLAGS.
+        name: of the function, for traces. made_of: what its trace depends on besides the arguments, as text.
+        mesh: the devices. precision: of products, as jax.default_matmul_precision takes it.
+        arguments: jax.ShapeDtypeStructs with shardings, in any trees. results: places, as a prefix of their tree.
+        donate: number of the argument that the results take the place of.
+        options: of the compiler, beside XLA_FLAGS.
     """
 
-    lower: Callable[[], jax.stages.Lowered]
+    name: str
+    made_of: str
+    function: Callable
+    arguments: tuple
+    results: Any
+    mesh: jax.sharding.Mesh
+    precision: str
+    donate: int | None = None
     options: dict[str, Any] | None = None
+
+    def lower(self) -> jax.stages.Lowered:
+        """Traces and lowers it."""
+        donated = () if self.donate is None else (self.donate,)
+        with self.context():
+            return jax.jit(self.function, donate_argnums=donated, out_shardings=self.results).lower(*self.arguments)
+
+    @contextmanager
+    def context(self) -> Iterator[None]:
+        """In which it is traced: Pallas asks the mesh which chip a kernel is for."""
+        with (
+            jax.default_matmul_precision(self.precision),
+            jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh),
+        ):
+            yield
 
 
 @dataclass(frozen=True)
@@ -66,8 +93,17 @@ def step_bytes(model: jax.stages.Compiled, sampler: jax.stages.Compiled) -> int:
     return first.outputs + max(first.temporaries, second.temporaries + second.outputs)
 
 
-def build[Key](programs: Mapping[Key, Program], platform: str, unit: str) -> dict[Key, jax.stages.Compiled]:
-    """Every program, compiled. `unit` is what the progress bar counts."""
+def build[Key](
+    programs: Mapping[Key, Program],
+    unit: str,
+    lower: Callable[[Program], jax.stages.Lowered] = Program.lower,
+) -> dict[Key, jax.stages.Compiled]:
+    """Every program, compiled, all for one platform.
+
+    Args:
+        unit: what the progress bar counts. lower: makes one ready to be compiled.
+    """
+    platform = next(iter(programs.values())).mesh.devices.flat[0].platform
     threads = min(_CPU_THREADS if platform == "cpu" else _THREADS, os.cpu_count() or 1)
     with (
         ThreadPoolExecutor(threads) as pool,
@@ -76,6 +112,6 @@ def build[Key](programs: Mapping[Key, Program], platform: str, unit: str) -> dic
         futures = {}
         for key, program in programs.items():
             # Lowering holds the interpreter, so it is done here, one after the other; compiling does not.
-            futures[key] = pool.submit(program.lower().compile, compiler_options=program.options)
+            futures[key] = pool.submit(lower(program).compile, compiler_options=program.options)
             futures[key].add_done_callback(lambda _: bar.update())
         return {key: future.result() for key, future in futures.items()}

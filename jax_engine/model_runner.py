@@ -22,7 +22,7 @@ from checkpoints.known_models import default_cache_dir
 from checkpoints.loader import dummy, load
 from jax_engine.batch import Batch, BatchLayout, StepResult, no_adjustments
 from jax_engine.buckets import Bucket, buckets
-from jax_engine.compilation import build, step_bytes
+from jax_engine.compilation import Program, build, step_bytes
 from jax_engine.config import EngineConfig, Limits, resolve
 from jax_engine.constraints import Constraints, unconstrained
 from jax_engine.costs import measure
@@ -30,6 +30,7 @@ from jax_engine.errors import ConfigError
 from jax_engine.features import SAMPLING, Feature
 from jax_engine.free_places import leave_free
 from jax_engine.group import least
+from jax_engine.kept_programs import KeptPrograms
 from jax_engine.kv_cache import KVCache
 from jax_engine.kv_scales import find_scales
 from jax_engine.models import read_config
@@ -124,11 +125,12 @@ class ModelRunner:
     """
 
     def __init__(self, config: EngineConfig, checkpoint: Checkpoint, replica: int = 0):
+        self._lower = Program.lower
         cache_dir = config.compilation_cache_dir
         if cache_dir != "":
-            _use_compilation_cache(
-                default_cache_dir() / "compiled" if cache_dir is None else Path(cache_dir).expanduser()
-            )
+            folder = default_cache_dir() / "compiled" if cache_dir is None else Path(cache_dir).expanduser()
+            _use_compilation_cache(folder)
+            self._lower = KeptPrograms(folder / "lowered").lower
         set_xla_flags()
         self.model_config = read_config(checkpoint.config)
         devices = choose_devices(jax.devices(), config.tensor_parallel_size, config.data_parallel_size)[replica]
@@ -310,7 +312,7 @@ class ModelRunner:
         """Memory of the largest step beside its arguments, as the compiler reports it for a pool of one sequence."""
         small = dataclasses.replace(limits, num_pages=limits.full_pages)
         parts = largest_parts(limits)
-        built = build({part: self._program.part(part, small) for part in parts}, self.platform, "program")
+        built = build({part: self._program.part(part, small) for part in parts}, "program", self._lower)
         return step_bytes(*(built[part] for part in parts))
 
     def _check_pool(self) -> None:
@@ -325,7 +327,7 @@ class ModelRunner:
     def _compile(self) -> dict[Part, jax.stages.Compiled]:
         """Every program that a step may need."""
         started = time.monotonic()
-        programs = build(self._program.parts(self.limits), self.platform, "program")
+        programs = build(self._program.parts(self.limits), "program", self._lower)
         _log.info("compiled %d programs in %.1f s", len(programs), time.monotonic() - started)
         return programs
 
@@ -354,3 +356,5 @@ def _use_compilation_cache(folder: Path) -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    # Kept programs are read by the version that wrote them: no kernel has to be in an older form for another's sake.
+    jax.config.update("jax_export_ignore_forward_compatibility", True)

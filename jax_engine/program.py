@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -25,8 +26,10 @@ from jax_engine.constraints import unconstrained
 from jax_engine.errors import ConfigError
 from jax_engine.kv_cache import KVCache, cache_shapes, page_bytes, slot_bytes
 from jax_engine.layers.linear import FP8_ROWS
+from jax_engine.layers.recurrent import RecurrentCache
 from jax_engine.model_config import ModelConfig
 from jax_engine.models import model_class
+from jax_engine.sampler import SamplerOutput
 from jax_engine.sharding import (
     copy_kv_heads,
     make_mesh,
@@ -36,9 +39,20 @@ from jax_engine.sharding import (
     side_by_side,
     with_kv_copies,
 )
-from jax_engine.step import choose, choose_likeliest, compute, pick, score
+from jax_engine.step import StepOutput, choose, choose_likeliest, compute, pick, score
 from jax_engine.xla_flags import GPU_COMPILER_OPTIONS
 from pallas_kernels.ragged_paged_attention import api as attention_op
+
+# jax.export keeps a program's results by the names of their types.
+for _result in (KVCache, StepOutput):
+    jax.export.register_pytree_node_serialization(
+        _result,
+        serialized_name=f"jax_engine.{_result.__name__}",
+        serialize_auxdata=lambda _: b"",
+        deserialize_auxdata=lambda _: (),
+    )
+for _result in (RecurrentCache, SamplerOutput):
+    jax.export.register_namedtuple_serialization(_result, serialized_name=f"jax_engine.{_result.__name__}")
 
 #: Prompt tokens whose log-probabilities are computed at a time: so many rows of logits are held.
 PROMPT_BLOCK = 64
@@ -152,12 +166,7 @@ class ModelProgram:
 
     def lower(self, bucket: Bucket, limits: Limits) -> tuple[BatchLayout, jax.stages.Lowered]:
         """The model's program of a bucket, ready to be compiled; it takes step.compute's arguments from weights on."""
-        assert self.model_config.page_groups == limits.page_groups, "limits of another model, or it is not `served`"
-        layout = BatchLayout.of(bucket, limits)
-        function = functools.partial(compute, self._graph, layout, limits.page_size, self.device, limits.one_way)
-        cache = self.cache_shapes(limits)
-        arguments = (nested(self._abstract_weights()), cache, self._placed(_ints(layout.size)))
-        return layout, self._lower(function, arguments, donate=1, results=(_places(cache), self.replicated))
+        return BatchLayout.of(bucket, limits), self.part(Part("model", bucket), limits).lower()
 
     def parts(self, limits: Limits) -> dict[Part, Program]:
         """All programs that steps within the limits are made of, for the compiler."""
@@ -170,14 +179,28 @@ class ModelProgram:
         return {part: self.part(part, limits) for part in found}
 
     def part(self, part: Part, limits: Limits) -> Program:
-        """One of them. `sample`, `likeliest`, `pick` and `score` take the arguments of step.choose,
-        step.choose_likeliest, step.pick and step.score, from the first that is not static on."""
+        """One of them. `model`, `sample`, `likeliest`, `pick` and `score` take the arguments of step.compute,
+        step.choose, step.choose_likeliest, step.pick and step.score, from the first that is not static on."""
+        assert self.model_config.page_groups == limits.page_groups, "limits of another model, or it is not `served`"
         if part.kind == "model":
-            return Program(lambda: self.lower(part.bucket, limits)[1], self.compiler_options(part.bucket))
-        lower = self._lower_sampler if part.kind in ("likeliest", "sample") else self._lower_scorer
-        return Program(lambda: lower(part, limits), self.compiler_options())
+            return self._model(part, limits)
+        return self._sampler(part, limits) if part.kind in ("likeliest", "sample") else self._scorer(part)
 
-    def _lower_sampler(self, part: Part, limits: Limits) -> jax.stages.Lowered:
+    def _model(self, part: Part, limits: Limits) -> Program:
+        layout = BatchLayout.of(part.bucket, limits)
+        function = functools.partial(compute, self._graph, layout, limits.page_size, self.device, limits.one_way)
+        cache = self.cache_shapes(limits)
+        arguments = (nested(self._abstract_weights()), cache, self._placed(_ints(layout.size)))
+        return self._program(
+            function,
+            arguments,
+            (_places(cache), self.replicated),
+            donate=1,
+            options=self.compiler_options(part.bucket),
+            statics=(layout, limits.page_size, limits.one_way),
+        )
+
+    def _sampler(self, part: Part, limits: Limits) -> Program:
         num_seqs, vocab_size = part.bucket.num_seqs, self.model_config.vocab_size
         layout = BatchLayout.of(part.bucket, limits)
         cache = self.cache_shapes(limits)
@@ -185,23 +208,38 @@ class ModelProgram:
         arguments = (cache.last_tokens, *self._placed((_ints(layout.size), logits)))
         results = (_places(cache.last_tokens), self.replicated)
         if part.kind == "likeliest":
-            return self._lower(functools.partial(choose_likeliest, layout), arguments, donate=0, results=results)
+            function = functools.partial(choose_likeliest, layout)
+            return self._program(function, arguments, results, donate=0, statics=(layout,))
         changes = (Adjustments(*no_adjustments(num_seqs)), unconstrained(num_seqs, vocab_size))
         arguments = (*arguments, cache.token_ids, *self._placed(changes))
-        return self._lower(functools.partial(choose, layout, limits.page_size), arguments, donate=0, results=results)
+        function = functools.partial(choose, layout, limits.page_size)
+        return self._program(function, arguments, results, donate=0, statics=(layout, limits.page_size))
 
-    def _lower_scorer(self, part: Part, limits: Limits) -> jax.stages.Lowered:
+    def _scorer(self, part: Part) -> Program:
         block = self._placed(_ints(PROMPT_BLOCK))
         hidden = jax.ShapeDtypeStruct((part.bucket.num_tokens, self.model_config.hidden_size), self.dtype)
         if part.kind == "pick":
-            return self._lower(pick, (self._placed(hidden), block), results=self.replicated)
+            return self._program(pick, (self._placed(hidden), block), self.replicated)
         arguments = (nested(self._abstract_weights()), self._placed(hidden), block)
-        return self._lower(functools.partial(score, self._graph), arguments, results=self.replicated)
+        return self._program(functools.partial(score, self._graph), arguments, self.replicated)
 
-    def _lower(
-        self, function: Callable, arguments: tuple, *, results: Any, donate: int | None = None
-    ) -> jax.stages.Lowered:
-        """A program for its arguments' shapes and places. results: where they lie, as a prefix of their tree."""
+    def _program(
+        self,
+        function: Callable,
+        arguments: tuple,
+        results: Any,
+        *,
+        donate: int | None = None,
+        options: dict[str, Any] | None = None,
+        statics: tuple = (),
+    ) -> Program:
+        """A program for its arguments' shapes and places.
+
+        Args:
+            results: where they lie, as a prefix of their tree. options: of the compiler; None: those of all parts.
+            statics: what the function was given besides the model.
+        """
+        name = getattr(function, "func", function).__name__
         if self.mesh.size > 1:
             # Each device runs it on its own parts of what is split, and on all of what is whole. What is whole is
             # computed alike on every device, which tracing cannot prove.
@@ -212,12 +250,19 @@ class ModelProgram:
                 out_specs=_specs(results),
                 check_vma=False,
             )
-        donated = () if donate is None else (donate,)
-        # Who asks for float32 means it: accelerators would else multiply in a shorter format.
-        precision = jax.default_matmul_precision("highest" if self.dtype == jnp.float32 else "default")
-        # Pallas asks the mesh which chip a kernel is for.
-        with precision, jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-            return jax.jit(function, donate_argnums=donated, out_shardings=results).lower(*arguments)
+        return Program(
+            name,
+            # The weights' places, formats and types are seen in the arguments.
+            made_of=repr((self._placed_config, self.dtype, self.device, *statics)),
+            function=function,
+            arguments=arguments,
+            results=results,
+            mesh=self.mesh,
+            # Who asks for float32 means it: accelerators would else multiply in a shorter format.
+            precision="highest" if self.dtype == jnp.float32 else "default",
+            donate=donate,
+            options=options or self.compiler_options(),
+        )
 
     def _abstract(self, model: Callable[..., nnx.Module], config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
         return nnx.split(nnx.eval_shape(lambda: model(config, self.dtype, self.device.platform != "cpu")))
