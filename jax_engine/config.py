@@ -105,7 +105,7 @@ class EngineConfig:
     )
     step_log_max_mib: int = _option(1024, "The step log ends before it grows beyond this many MiB.")
     compilation_cache_dir: str | None = _option(
-        None, "Folder of compiled steps, kept between starts. Default: in the user's cache. Empty: none."
+        None, "Folder of lowered and compiled steps, kept between starts. Default: in the user's cache. Empty: none."
     )
 
     def __post_init__(self) -> None:

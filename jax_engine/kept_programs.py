@@ -16,6 +16,7 @@ import os
 import platform
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -76,7 +77,7 @@ class KeptPrograms:
         try:
             exported = _exported(program)
             data = bytes(exported.serialize())
-        except (ValueError, NotImplementedError) as error:
+        except (ImportError, ValueError, NotImplementedError) as error:
             _log.warning("the program %s cannot be kept: %s", program.name, error)
             return None
         path = self._path(key)
@@ -87,7 +88,8 @@ class KeptPrograms:
             unfinished.replace(path)
             self._prune()
         except OSError as error:
-            unfinished.unlink(missing_ok=True)
+            with suppress(OSError):
+                unfinished.unlink()
             _log.warning("cannot keep a lowered program: %s", error)
         return exported
 

@@ -11,7 +11,9 @@ import pytest
 from checkpoints import orbax_io
 from checkpoints.formats import open_checkpoint
 from checkpoints.loader import dummy, load
+from jax_engine.compilation import build
 from jax_engine.convert import convert
+from jax_engine.kept_programs import KeptPrograms
 from jax_engine.llm import LLM
 from jax_engine.models import read_config
 from jax_engine.program import ModelProgram
@@ -68,6 +70,18 @@ def test_more_devices_than_kv_heads_give_the_golden_answers(four):
     check_golden(four)
     pool = four.runner._cache.pool
     assert pool.shape[1] == 1 and pool.sharding.num_devices == 4
+
+
+def test_lowered_programs_that_were_kept_give_the_golden_answers(two, tmp_path, monkeypatch):
+    def fail(*_):
+        raise AssertionError("it was traced")
+
+    parts = two.runner._program.parts(two.limits)
+    lowered = [KeptPrograms(tmp_path).lower(made).as_text() for made in parts.values()]
+    unlike = {part: dataclasses.replace(made, function=fail) for part, made in parts.items()}
+    assert [KeptPrograms(tmp_path).lower(made).as_text() for made in unlike.values()] == lowered
+    monkeypatch.setattr(two.runner, "_programs", build(unlike, "program", KeptPrograms(tmp_path).lower))
+    check_golden(two)
 
 
 #: Recurrent states beside gated attention and shared experts; the others take too long for every run.

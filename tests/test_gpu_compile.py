@@ -14,10 +14,12 @@ import jax.numpy as jnp
 import pytest
 
 from jax_engine.batch import Bucket
+from jax_engine.compilation import memory
 from jax_engine.config import EngineConfig, resolve
+from jax_engine.kept_programs import KeptPrograms
 from jax_engine.models import read_config
 from jax_engine.models.shapes import NAMED_SHAPES
-from jax_engine.program import ModelProgram
+from jax_engine.program import ModelProgram, Part
 from jax_engine.targets import open_target
 from pallas_kernels.ragged_paged_attention import Device, Ragged, plan, pool_shape, ragged_paged_attention
 
@@ -60,6 +62,21 @@ def test_a_step_compiles_in_place_and_without_spills(bucket, kv_cache_dtype, tmp
     assert memory.temp_size_in_bytes < pool_bytes / LAYERS
     reports = [file.read_text() for file in tmp_path.glob("*.ptxas")]
     assert reports and all("0 bytes spill stores, 0 bytes spill loads" in report for report in reports)
+
+
+def test_a_step_that_was_kept_is_the_same_for_the_compiler(tmp_path):
+    """Its Pallas kernels, and the pool updated in place; see kept_programs.py."""
+    device = open_target("h100").devices[0]
+    whole = read_config(NAMED_SHAPES["llama-3.1-8b"])
+    model = dataclasses.replace(whole, num_hidden_layers=LAYERS, layers=whole.layers[:LAYERS])
+    limits = resolve(EngineConfig(), model, platform="gpu", num_pages=PAGES)
+    program = ModelProgram(model, "bfloat16", [device]).part(Part("model", Bucket(512, 256, False)), limits)
+    KeptPrograms(tmp_path).lower(program)
+    kept = KeptPrograms(tmp_path).lower(dataclasses.replace(program, function=None))
+    want, got = (lowered.compile(compiler_options=program.options) for lowered in (program.lower(), kept))
+    assert memory(got) == dataclasses.replace(memory(want), code=memory(got).code)
+    kernels = [compiled.as_text().count('custom_call_target="mosaic_gpu') for compiled in (want, got)]
+    assert kernels[0] == kernels[1] > 0
 
 
 def test_the_model_of_a_decode_step_is_one_graph_without_conditions(tmp_path):

@@ -20,8 +20,10 @@ import pytest
 from benchmarks.tpu_kernels import LAYERS, compile_op
 from jax_engine import compile_target
 from jax_engine.buckets import Bucket, buckets
+from jax_engine.compilation import memory
 from jax_engine.config import EngineConfig, Limits, resolve
 from jax_engine.errors import ConfigError
+from jax_engine.kept_programs import KeptPrograms
 from jax_engine.model_config import ModelConfig
 from jax_engine.models import read_config
 from jax_engine.models.shapes import NAMED_SHAPES
@@ -131,6 +133,18 @@ def check_step(program: ModelProgram, bucket: Bucket, limits: Limits) -> compile
     assert report.temp_bytes < pool / program.model_config.num_hidden_layers
     assert report.vmem_bytes > 0
     return report
+
+
+def test_a_step_that_was_kept_is_the_same_for_the_compiler(tmp_path):
+    """Its Pallas kernels, and the pool updated in place; see kept_programs.py."""
+    model, limits = made("v6e:1x1", cut(LLAMA_8B, 2, vocab_size=4096), decode_buckets=(64,), token_buckets=(256,))
+    program = model.part(Part("model", Bucket(64, 64, True)), limits)
+    KeptPrograms(tmp_path).lower(program)
+    kept = KeptPrograms(tmp_path).lower(dataclasses.replace(program, function=None))
+    want, got = (lowered.compile() for lowered in (program.lower(), kept))
+    assert memory(got) == dataclasses.replace(memory(want), code=memory(got).code)
+    kernels = [compiled.as_text().count('custom_call_target="tpu_custom_call"') for compiled in (want, got)]
+    assert kernels[0] == kernels[1] > 0
 
 
 #: What an 8B model is served on: a target, and how weights and cache are kept.
