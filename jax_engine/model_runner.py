@@ -293,8 +293,7 @@ class ModelRunner:
         limits = resolve(config, self.model_config, platform=self.platform, num_pages=1)
         useful = limits.max_num_seqs * limits.full_pages
         if self.platform == "cpu":
-            available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-            free = min(available // 4, _MAX_CPU_POOL_BYTES) // (len(devices) * config.data_parallel_size)
+            free = _cpu_pool_bytes() // (len(devices) * config.data_parallel_size)
         else:
             own = [device for device in devices if device.process_index == jax.process_index()]
             free = min(_free_bytes(device, config.gpu_memory_utilization) for device in own)
@@ -335,6 +334,14 @@ class ModelRunner:
 def _copy_to_host(arrays: Any) -> None:
     for array in jax.tree.leaves(arrays):
         array.copy_to_host_async()
+
+
+def _cpu_pool_bytes() -> int:
+    """A power of two: with pools of every size that free memory ever has, no start would find the programs that an
+    earlier one has left in the cache."""
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    share = min(available // 4, _MAX_CPU_POOL_BYTES)
+    return 1 << (share.bit_length() - 1)
 
 
 def _free_bytes(device: Any, utilization: float) -> int:

@@ -19,6 +19,7 @@ from jax_engine.compilation import Program, memory
 from jax_engine.config import EngineConfig, Limits, resolve
 from jax_engine.constraints import unconstrained
 from jax_engine.kept_programs import KeptPrograms, program_key
+from jax_engine.model_runner import _cpu_pool_bytes
 from jax_engine.models import read_config
 from jax_engine.program import PROMPT_BLOCK, ModelProgram, Part, nested
 
@@ -262,3 +263,13 @@ def test_programs_are_named_in_traces_as_their_functions(tmp_path):
     lower = partial(KeptPrograms(tmp_path).lower, program.part(Part("likeliest", Bucket(0, 4, False)), limits))
     for lowered in (lower(), lower()):
         assert "@jit_choose_likeliest" in lowered.as_text()
+
+
+def test_free_memory_of_a_cpu_seldom_changes_the_pool_and_so_the_programs(monkeypatch):
+    def pool(available: int) -> int:
+        monkeypatch.setattr(os, "sysconf", {"SC_AVPHYS_PAGES": available >> 12, "SC_PAGE_SIZE": 4096}.get)
+        return _cpu_pool_bytes()
+
+    gib = 1 << 30
+    assert pool(9 * gib) == pool(15 * gib) == 2 * gib
+    assert pool(300 * gib) == 4 * gib
