@@ -197,7 +197,6 @@ class ModelProgram:
             (_places(cache), self.replicated),
             donate=1,
             options=self.compiler_options(part.bucket),
-            statics=(layout, limits.page_size, limits.one_way),
         )
 
     def _sampler(self, part: Part, limits: Limits) -> Program:
@@ -209,11 +208,11 @@ class ModelProgram:
         results = (_places(cache.last_tokens), self.replicated)
         if part.kind == "likeliest":
             function = functools.partial(choose_likeliest, layout)
-            return self._program(function, arguments, results, donate=0, statics=(layout,))
+            return self._program(function, arguments, results, donate=0)
         changes = (Adjustments(*no_adjustments(num_seqs)), unconstrained(num_seqs, vocab_size))
         arguments = (*arguments, cache.token_ids, *self._placed(changes))
         function = functools.partial(choose, layout, limits.page_size)
-        return self._program(function, arguments, results, donate=0, statics=(layout, limits.page_size))
+        return self._program(function, arguments, results, donate=0)
 
     def _scorer(self, part: Part) -> Program:
         block = self._placed(_ints(PROMPT_BLOCK))
@@ -231,15 +230,15 @@ class ModelProgram:
         *,
         donate: int | None = None,
         options: dict[str, Any] | None = None,
-        statics: tuple = (),
     ) -> Program:
         """A program for its arguments' shapes and places.
 
         Args:
             results: where they lie, as a prefix of their tree. options: of the compiler; None: those of all parts.
-            statics: what the function was given besides the model.
         """
         name = getattr(function, "func", function).__name__
+        # A graph is known by what it was made of, and the weights by the arguments.
+        statics = [static for static in getattr(function, "args", ()) if static is not self._graph]
         if self.mesh.size > 1:
             # Each device runs it on its own parts of what is split, and on all of what is whole. What is whole is
             # computed alike on every device, which tracing cannot prove.
@@ -252,7 +251,6 @@ class ModelProgram:
             )
         return Program(
             name,
-            # The weights' places, formats and types are seen in the arguments.
             made_of=repr((self._placed_config, self.dtype, self.device, *statics)),
             function=function,
             arguments=arguments,

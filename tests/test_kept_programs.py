@@ -147,16 +147,18 @@ def test_another_program_has_another_key(change):
 
 
 def test_what_a_model_was_made_with_is_in_the_key():
-    def key(architecture: str = "llama", pages: int = 20, kind: str = "model", tokens: int = 16, **options) -> str:
+    def key(architecture: str = "llama", kind: str = "model", tokens: int = 16, changes=(), **options) -> str:
         program, limits = made(architecture, **options)
         part = Part(kind, Bucket(tokens, 4, False))
-        return program_key(program.part(part, dataclasses.replace(limits, num_pages=pages)))
+        return program_key(program.part(part, dataclasses.replace(limits, **dict(changes))))
 
     keys = [
         key(),
         key("qwen2"),
         key("mistral"),
-        key(pages=21),
+        key(changes={"num_pages": 21}),
+        key(changes={"page_size": 8, "num_pages": 40}),
+        key(changes={"decode_buckets": ()}),  # one way for all
         key(kind="sample"),
         key(tokens=8),
         key(quantization="int8"),
