@@ -47,12 +47,12 @@ def latencies(served: Sequence[Served]) -> dict[str, Any]:
 
 
 def padding() -> dict[str, Any]:
-    """Chat traffic at three loads, with and without filling buckets."""
+    """Chat traffic at three loads, and a thousand requests at once, with and without filling buckets."""
     results = {}
-    for rate in (5, 15, 25):
+    for rate in (5, 15, 25, None):
         chance = random.Random(1)
         arrivals = []
-        for time in poisson(chance, rate, 60):
+        for time in [0.0] * 1000 if rate is None else poisson(chance, rate, 60):
             num_prompt, num_output = chat_lengths(chance)
             arrivals.append(Arrival(time, tokens(chance, num_prompt), num_output))
         for fill in (False, True):
@@ -60,10 +60,12 @@ def padding() -> dict[str, Any]:
             counters = engine.metrics.snapshot()
             prompt_steps = {b: n for b, n in engine.metrics.steps.items() if not b.decode_only}
             computed = sum(bucket.num_tokens * count for bucket, count in prompt_steps.items())
-            results[f"{rate}/s, {'filling' if fill else 'spilling'}"] = {
+            load = "at once" if rate is None else f"{rate}/s"
+            results[f"{load}, {'filling' if fill else 'spilling'}"] = {
                 "padding_share": counters["padding_tokens"] / counters["batched_tokens"],
                 "prompt_steps": sum(prompt_steps.values()),
                 "tokens_of_prompt_steps": computed,
+                "makespan_s": engine.clock(),
             } | latencies(served)
     return results
 

@@ -39,6 +39,16 @@ class WaitingQueue:
             self._heap = [entry for entry in self._heap if entry[2] in self._members]
             heapq.heapify(self._heap)
 
+    def upcoming(self) -> Iterator[Sequence]:
+        """Those in line, in its order; each takes O(log n), and the queue must not change meanwhile."""
+        heap, frontier = self._heap, [(*self._heap[0][:2], 0)] if self._heap else []
+        while frontier:
+            *_, index = heapq.heappop(frontier)
+            if heap[index][2] in self._members:
+                yield heap[index][2]
+            for child in range(2 * index + 1, min(2 * index + 3, len(heap))):
+                heapq.heappush(frontier, (*heap[child][:2], child))
+
     def peek(self) -> Sequence | None:
         """The sequence that is next, or None."""
         while self._heap and self._heap[0][2] not in self._members:
@@ -94,6 +104,10 @@ class Fcfs:
     def discard(self, sequence: Sequence) -> None:
         """Takes a sequence out of the line."""
         self._queue.discard(sequence)
+
+    def upcoming(self) -> Iterator[Sequence]:
+        """Those in line, about in the order in which they will be next if no time passes."""
+        return self._queue.upcoming()
 
     def peek(self) -> Sequence | None:
         """Who is next, or None."""
@@ -177,6 +191,11 @@ class Fair(Fcfs):
         line.discard(sequence)
         self._left(line)
 
+    def upcoming(self) -> Iterator[Sequence]:
+        # What they will have been given before their turn is left out of account: the lines are taken one by one.
+        lines = sorted(self._lines.values(), key=lambda line: self._counters[line.user])
+        return itertools.chain.from_iterable(line.upcoming() for line in lines)
+
     def peek(self) -> Sequence | None:
         line = self._least()
         return None if line is None else line.peek()
@@ -252,6 +271,9 @@ class Slo(Fcfs):
     def discard(self, sequence: Sequence) -> None:
         self._queue.discard(sequence)
         self._late.discard(sequence)
+
+    def upcoming(self) -> Iterator[Sequence]:
+        return itertools.chain(self._queue.upcoming(), self._late.upcoming())
 
     def peek(self) -> Sequence | None:
         while (sequence := self._queue.peek()) is not None and self._latest_start(sequence) < self.now:

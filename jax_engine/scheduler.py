@@ -5,6 +5,7 @@ dispatch, one or more steps later. Sequence counters are written here and nowher
 the same calls give the same decisions.
 """
 
+import itertools
 import math
 from collections.abc import Sequence as AbstractSequence
 
@@ -34,6 +35,7 @@ class Scheduler:
         self.pool = PagePool(limits.num_pages, limits.page_size, limits.enable_prefix_caching, groups, step_tokens)
         self.swap_space = SwapSpace(limits)
         self.step_time = StepTime(limits.token_buckets)
+        self._most_prefills = limits.max_concurrent_prefills or limits.max_num_seqs
         self._policy = POLICIES[policy](limits)  # the line of those who wait
         self._running: dict[Sequence, None] = {}  # in order of admission
         self._prefilling: dict[Sequence, None] = {}  # those of them that lacked more than one token when last looked at
@@ -163,15 +165,23 @@ class Scheduler:
     def _prompt_budget(self, decodes: list[Row]) -> int:
         """How many prompt tokens the step may have beside the single ones."""
         limits, num_decodes = self.limits, len(decodes)
-        wanted = sum(len(sequence.token_ids) - sequence.num_computed for sequence in self._prefilling)
-        if self._free_slots:
-            wanted += self._num_queued_tokens
-        budget = min(wanted, limits.max_num_batched_tokens - num_decodes, limits.prefill_token_budget or wanted)
+        room = limits.max_num_batched_tokens - num_decodes
+        budget = min(self._wanted(room), room, limits.prefill_token_budget or room)
         if limits.max_decode_gap_s is not None and num_decodes and budget > 0:
             start = next((sequence.num_computed for sequence in self._prefilling), 0)
             pairs = sum(row.start + 1 for row in decodes)
             budget = self.step_time.largest(limits.max_decode_gap_s, num_decodes, budget, start, pairs)
         return fill(limits, num_decodes, budget) if limits.fill_buckets else budget
+
+    def _wanted(self, enough: int) -> int:
+        """Prompt tokens of those who run, and of those in line for whom there are slots; no further than `enough`."""
+        wanted = sum(len(sequence.token_ids) - sequence.num_computed for sequence in self._prefilling)
+        places = min(len(self._free_slots), self._most_prefills - len(self._prefilling))
+        for sequence in itertools.islice(self._policy.upcoming(), max(places, 0)):
+            if wanted >= enough:
+                break
+            wanted += len(sequence.token_ids)
+        return wanted
 
     def _make_room(self, sequence: Sequence, work: Schedule, chunks: list[Row]) -> bool:
         """Gives a running sequence the pages of its next token, if need be at the cost of one that ranks behind it."""
@@ -239,8 +249,7 @@ class Scheduler:
         if work.preempted or (self.limits.scheduling == "static" and self._batch_is_closed and self._running):
             return  # who gave way in this step is not to come back in it
         no_room = False
-        most = self.limits.max_concurrent_prefills or self.limits.max_num_seqs
-        while budget > 0 and self._free_slots and len(self._prefilling) < most:
+        while budget > 0 and self._free_slots and len(self._prefilling) < self._most_prefills:
             sequence = self._policy.peek()
             if sequence is None:
                 break

@@ -143,7 +143,7 @@ MUTATIONS = (
         "                    self._let_follow(sequence)\n",
         "                    pass\n",
     ),
-    Mutation("prefills are not counted", SCHEDULER, "and len(self._prefilling) < most:", "and most:"),
+    Mutation("prefills are not counted", SCHEDULER, "and len(self._prefilling) < self._most_prefills:", ":"),
     Mutation(
         "the line grows on paper",
         SCHEDULER,
@@ -172,6 +172,12 @@ MUTATIONS = (
     ),
     Mutation("no bound on the gap", SCHEDULER, "limits.max_decode_gap_s is not None and", "False and"),
     Mutation("no margin on step times", STEP_TIME, "* self._worst[1]", "* 1.0"),
+    Mutation(
+        "the whole line counts as the next step's",
+        SCHEDULER,
+        "itertools.islice(self._policy.upcoming(), max(places, 0))",
+        "self._policy.upcoming()",
+    ),
     Mutation("buckets are not filled", BUCKETS, "if num_decodes < below < total", "if False"),
     Mutation("a bucket too large", BUCKETS, "if size >= num_rows:", "if size > num_rows:"),
 )

@@ -160,6 +160,51 @@ def test_a_step_fills_a_bucket_rather_than_spill_a_little():
     assert fill(limits, 16, 3) == 3, "prompts always go on"
 
 
+def test_a_long_line_does_not_keep_a_step_from_filling_a_bucket():
+    """Only those for whom there are slots count: the whole line would always look like more than a bucket."""
+    limits = make_limits(token_buckets=(16, 32, 64), max_num_batched_tokens=64, max_num_seqs=2, num_pages=64)
+    scheduler = Scheduler(limits)
+    for _ in range(50):
+        scheduler.add(make_sequence(9, 2, False))
+    assert [row.count for row in scheduler.schedule().rows] == [9, 7]
+
+
+def test_concurrent_prefills_bound_what_a_bucket_is_filled_with():
+    limits = make_limits(token_buckets=(16, 32, 64), max_num_batched_tokens=64, max_concurrent_prefills=1, num_pages=64)
+    scheduler = Scheduler(limits)
+    for _ in range(3):
+        scheduler.add(make_sequence(20, 2, False))
+    assert [row.count for row in scheduler.schedule().rows] == [16]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_upcoming_names_those_who_will_be_taken(policy):
+    queue = POLICIES[policy](make_limits())
+    chance = random.Random(1)
+    sequences = [make_sequence(4, 1, arrival_time=chance.random(), priority=chance.randrange(3)) for _ in range(40)]
+    for number, sequence in enumerate(sequences):
+        sequence.order = number
+        queue.push(sequence)
+    for sequence in sequences[::7]:
+        queue.discard(sequence)
+    upcoming = list(queue.upcoming())
+    assert len(upcoming) == len(queue) and upcoming == [queue.pop() for _ in range(len(queue))]
+    assert not list(queue.upcoming())
+
+
+def test_upcoming_takes_the_least_served_user_first_and_those_who_are_late_last():
+    fair, slo = POLICIES["fair"](make_limits()), POLICIES["slo"](make_limits(slo_classes={"only": (1.0, 1.0)}))
+    sequences = [make_sequence(4, 1, user=user, arrival_time=time) for user, time in (("a", 0.0), ("b", 9.0))]
+    for number, sequence in enumerate(sequences):
+        sequence.order = number
+        fair.push(sequence)
+        slo.push(sequence)
+    fair.charge(sequences[0], 100, 0)
+    slo.tell_time(9.0)
+    slo.peek()
+    assert list(fair.upcoming()) == list(slo.upcoming()) == sequences[::-1]
+
+
 def test_prefill_token_budget_and_concurrent_prefills():
     limits = make_limits(max_num_batched_tokens=16, prefill_token_budget=6, max_concurrent_prefills=1, num_pages=64)
     scheduler = Scheduler(limits)
