@@ -130,6 +130,7 @@ MUTATIONS = (
     Mutation("no reserve for those who run", SCHEDULER, "len(self._running) * pool.groups.num", "0"),
     Mutation("a bad page stays in the index", SCHEDULER, "self.pool.forget(sequence)", "pass", POISONED),
     Mutation("anybody gives way", SCHEDULER, "and rank(other) > own]", "and other is not sequence]"),
+    Mutation("who has a chunk in the step gives way in it", SCHEDULER, "if other not in scheduled and rank", "if rank"),
     Mutation("the dearest to bring back gives way", SCHEDULER, "(cost(other), -other.order)", "-other.order"),
     Mutation("who gave way comes back at once", SCHEDULER, "if work.preempted or (self", "if (self"),
     Mutation("swapped pages come back elsewhere", SWAP, "offset + missing - first, table", "offset, table"),

@@ -184,6 +184,20 @@ def test_nobody_takes_pages_from_those_who_rank_before_him():
     )
 
 
+def test_who_has_a_chunk_in_a_step_does_not_give_way_in_it():
+    """Its pages would be another's while the step writes its keys and values to them."""
+    scheduler = Scheduler(make_limits(max_inflight_steps=1))
+    first, second = make_sequence(6, 30, False), make_sequence(9, 30, False)
+    for sequence in (first, second):
+        scheduler.add(sequence)
+    schedule = scheduler.schedule()
+    chunks = schedule.rows
+    assert {row.sequence: row.count for row in chunks} == {first: 6, second: 9}
+    assert scheduler._victim(first, chunks) is None
+    commit(scheduler, schedule)
+    assert scheduler._victim(first, []) is second, "it has no row in the next step yet"
+
+
 def test_who_joins_leaves_a_page_for_each_that_runs():
     scheduler = Scheduler(make_limits(num_pages=8, max_inflight_steps=1, enable_prefix_caching=False))
     running, joining = make_sequence(12, 30, False), make_sequence(16, 30, False)
