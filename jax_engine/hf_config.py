@@ -134,6 +134,16 @@ class HFConfig:
             wanted = " or ".join(_shown(other) for other in allowed)
             self.problem(f"{name} {_shown(value)} is not supported, only {wanted}")
 
+    def flat(self, name: str, defaults: Mapping[str, Any]) -> "HFConfig":
+        """The same with the fields of the object in one of its fields, or else these defaults, beside its own."""
+        values = self._values.get(name)
+        inner = values if isinstance(values, Mapping) else {}
+        outer = {field: value for field, value in self._values.items() if field != name}
+        flat = HFConfig({**defaults, **outer, **inner, "architectures": self._values["architectures"]})
+        if inner is not values:
+            flat.problem(f"{name} must be an object, got {_shown(values)}")
+        return flat
+
     def ignore(self, *names: str) -> None:
         """Fields that have no part in this architecture's function, whatever their values."""
         self._seen.update(names)

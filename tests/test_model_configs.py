@@ -40,7 +40,8 @@ def test_weight_map_is_complete_both_ways(folder: str) -> None:
     state = nnx.split(nnx.eval_shape(lambda: model(config, jnp.dtype(jnp.float32), False)))[1]
     sources = model.weight_map(config)
     assert {".".join(map(str, path)) for path, _ in nnx.to_flat_state(state)} == set(sources)
-    stored = {name: info.shape for name, info in open_checkpoint(str(TINY / folder)).tensors.items()}
+    tensors = open_checkpoint(str(TINY / folder)).tensors
+    stored = {model.tensor_name(name): info.shape for name, info in tensors.items()}
     wanted = {name: shape for source in sources.values() for name, shape in source.tensors}
     ignored = {name for name in stored if any(fnmatch.fnmatchcase(name, each) for each in model.IGNORED_TENSORS)}
     assert wanted == {name: stored[name] for name in stored if name in wanted or name not in ignored}
@@ -50,6 +51,21 @@ def test_gpt2_of_the_first_release_has_no_prefix() -> None:
     model = ARCHITECTURES["GPT2LMHeadModel"]
     stored = open_checkpoint(str(TINY / "gpt2")).tensors
     assert [model.tensor_name(name.removeprefix("transformer.")) for name in stored] == list(stored)
+
+
+@pytest.mark.parametrize("folder", ["gemma3_multimodal", "mistral3"])
+def test_a_model_that_sees_has_its_text_half_in_one_of_two_places(folder: str) -> None:
+    model = model_class(read(folder))
+    stored = open_checkpoint(str(TINY / folder)).tensors
+    names = {model.tensor_name(name) for name in stored}
+    newer = {
+        "lm_head.weight" if name == "language_model.lm_head.weight"
+        else "model." + name.replace("language_model.model.", "language_model.")
+        for name in stored
+    }  # fmt: skip
+    assert {model.tensor_name(name).replace("model.vision", "vision") for name in newer} == {
+        name.replace("multi_modal", "model.multi_modal") for name in names
+    }
 
 
 def test_experts_in_mxfp4_are_unpacked() -> None:
@@ -126,6 +142,10 @@ def test_a_field_nobody_knows_is_named(caplog) -> None:
         ("qwen3_moe", {"mlp_only_layers": "all"}, "mlp_only_layers must be a list of layer numbers"),
         ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func 'softmax' is not supported, only 'sigmoid'"),
         ("deepseek_v3", {"n_group": 3}, "8 experts cannot be chosen from 1 of 3 equal groups"),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method 'noaux_tc' is not supported; supported: greedy"),
+        ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob True is not supported, only False"),
+        ("gemma3_multimodal", {"text_config": None}, "text_config must be an object, got None"),
+        ("gemma3_multimodal", {"text_config": {"use_bidirectional_attention": True}}, "bidirectional_attention True"),
         ("qwen3_next", {"linear_num_value_heads": 3}, "3 value heads are no multiple of 2 key heads"),
         ("qwen3_next", {"linear_conv_kernel_dim": 1}, "linear_conv_kernel_dim must be at least 2"),
     ],

@@ -97,6 +97,14 @@ _DEEPSEEK_V3 = _SAVED | {
     "scoring_func": "sigmoid", "tie_word_embeddings": False, "topk_group": 4, "topk_method": "noaux_tc",
     "v_head_dim": 128, "vocab_size": 129280,
 }  # fmt: skip
+_DEEPSEEK_V2 = {name: _DEEPSEEK_V3[name] for name in _DEEPSEEK_V3.keys() - {"num_nextn_predict_layers"}} | {
+    "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "aux_loss_alpha": 0.001,
+    "first_k_dense_replace": 1, "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408,
+    "n_group": 1, "n_routed_experts": 64, "n_shared_experts": 2, "norm_topk_prob": False, "num_attention_heads": 16,
+    "num_experts_per_tok": 6, "num_hidden_layers": 27, "num_key_value_heads": 16, "q_lora_rank": None,
+    "routed_scaling_factor": 1.0, "scoring_func": "softmax", "seq_aux": True, "topk_group": 1, "topk_method": "greedy",
+    "rope_scaling": _DEEPSEEK_V3["rope_scaling"] | {"mscale": 0.707, "mscale_all_dim": 0.707}, "vocab_size": 102400,
+}  # fmt: skip
 
 CONFIGS = {
     "Llama-2-7b": _LLAMA
@@ -116,6 +124,18 @@ CONFIGS = {
     "Mistral-Small-24B-2501": _MISTRAL
     | {"head_dim": 128, "hidden_size": 5120, "intermediate_size": 32768, "num_hidden_layers": 40, "rope_theta": 1e8}
     | {"sliding_window": None, "vocab_size": 131072},
+    "Mistral-Small-3.1-24B": {
+        "architectures": ["Mistral3ForConditionalGeneration"], "image_token_index": 10, "model_type": "mistral3",
+        "multimodal_projector_bias": False, "projector_hidden_act": "gelu", "spatial_merge_size": 2,
+        "text_config": {
+            "attention_dropout": 0.0, "head_dim": 128, "hidden_act": "silu", "hidden_size": 5120,
+            "initializer_range": 0.02, "intermediate_size": 32768, "max_position_embeddings": 131072,
+            "model_type": "mistral", "num_attention_heads": 32, "num_hidden_layers": 40, "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-05, "rope_theta": 1e9, "sliding_window": None, "use_cache": True, "vocab_size": 131072,
+        },
+        "torch_dtype": "bfloat16", "transformers_version": "4.50.0.dev0", "vision_feature_layer": -1,
+        "vision_config": {"hidden_size": 1024, "image_size": 1540, "model_type": "pixtral", "patch_size": 14},
+    },
     "Qwen2.5-7B": _QWEN2,
     "Qwen2.5-0.5B": _QWEN2
     | {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_hidden_layers": 24}
@@ -134,6 +154,16 @@ CONFIGS = {
     | {"head_dim": 128, "hidden_size": 4608, "intermediate_size": 36864, "num_attention_heads": 32}
     | {"num_hidden_layers": 46, "num_key_value_heads": 16, "query_pre_attn_scalar": 144},
     "Gemma-3-1b": _GEMMA3,
+    "Gemma-3-4b": {
+        "architectures": ["Gemma3ForConditionalGeneration"], "boi_token_index": 255999, "eoi_token_index": 256000,
+        "eos_token_id": [1, 106], "image_token_index": 262144, "initializer_range": 0.02, "mm_tokens_per_image": 256,
+        "model_type": "gemma3", "torch_dtype": "bfloat16", "transformers_version": "4.50.0.dev0",
+        "text_config": {
+            "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
+        },
+        "vision_config": {"hidden_size": 1152, "image_size": 896, "model_type": "siglip_vision_model"},
+    },
     "Phi-3-mini-4k": _PHI3,
     "Phi-3-mini-128k": _PHI3 | {"max_position_embeddings": 131072, "rope_scaling": _LONG, "sliding_window": 262144},
     "Phi-4": _PHI3
@@ -168,6 +198,11 @@ CONFIGS = {
     | {"num_key_value_heads": 16, "num_nextn_predict_layers": 0, "q_lora_rank": None, "rms_norm_eps": 1e-05}
     | {"rope_scaling": None, "rope_theta": 50000.0, "routed_scaling_factor": 2.446, "seq_aux": True, "topk_group": 1}
     | {"vocab_size": 163840},
+    "DeepSeek-V2-Lite": _DEEPSEEK_V2,
+    "DeepSeek-V2": _DEEPSEEK_V2
+    | {"hidden_size": 5120, "intermediate_size": 12288, "moe_intermediate_size": 1536, "n_group": 8, "topk_group": 3}
+    | {"n_routed_experts": 160, "num_attention_heads": 128, "num_hidden_layers": 60, "num_key_value_heads": 128}
+    | {"q_lora_rank": 1536, "routed_scaling_factor": 16.0, "topk_method": "group_limited_greedy"},
     "DeepSeek-V3 in bfloat16": _DEEPSEEK_V3,
     "Qwen3-Next-80B-A3B": {name: _QWEN3[name] for name in _QWEN3.keys() - {"sliding_window", "max_window_layers"}}
     | _EXPERTS
@@ -209,9 +244,11 @@ def test_a_published_config_is_read_with_no_field_left_over(name: str, caplog) -
     ("name", "billions"),
     [
         ("Llama-3.1-8B", 8.03), ("Llama-3.2-1B", 1.24), ("Mistral-Nemo-2407", 12.2), ("Qwen2.5-7B", 7.62),
-        ("Qwen3-0.6B", 0.596), ("Qwen3-30B-A3B", 30.5), ("Gemma-2-2b", 2.61), ("Gemma-3-1b", 1.0),
+        ("Mistral-Small-3.1-24B", 23.6),
+        ("Qwen3-0.6B", 0.596), ("Qwen3-30B-A3B", 30.5), ("Gemma-2-2b", 2.61), ("Gemma-3-1b", 1.0), ("Gemma-3-4b", 3.88),
         ("Phi-4-mini", 3.84), ("Phi-4", 14.7), ("Mixtral-8x7B", 46.7), ("OLMo-2-7B", 7.3), ("Granite-3.1-8b", 8.17),
-        ("Moonlight-16B-A3B", 16.0), ("DeepSeek-V3 in bfloat16", 671.0), ("Qwen3-Next-80B-A3B", 80.0),
+        ("Moonlight-16B-A3B", 16.0), ("DeepSeek-V2-Lite", 15.7),
+        ("DeepSeek-V2", 236.0), ("DeepSeek-V3 in bfloat16", 671.0), ("Qwen3-Next-80B-A3B", 80.0),
         ("SmolLM3-3B", 3.08), ("gpt2", 0.124),
     ],
 )  # fmt: skip

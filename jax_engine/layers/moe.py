@@ -39,7 +39,7 @@ class Router(nnx.Module):
             _, chosen = jax.lax.top_k(_within_groups(scores + self.correction[...], moe), moe.experts_per_token)
             weights = jnp.take_along_axis(scores, chosen, axis=1)
         else:
-            weights, chosen = jax.lax.top_k(jax.nn.softmax(logits), moe.experts_per_token)
+            weights, chosen = jax.lax.top_k(_within_groups(jax.nn.softmax(logits), moe), moe.experts_per_token)
         if moe.normalize:
             weights = weights / (weights.sum(axis=1, keepdims=True) + (1e-20 if moe.sigmoid else 0))
         return chosen, weights * moe.scaling
@@ -50,11 +50,12 @@ def _logits(x: Float[Array, "T D"], weight: Float[Array, "E D"]) -> Float[Array,
 
 
 def _within_groups(scores: Float[Array, "T E"], moe: MoEConfig) -> Float[Array, "T E"]:
-    """Scores, minus infinity outside the groups whose two best experts score highest (arXiv 2412.19437)."""
+    """Scores, minus infinity outside the groups whose best experts score highest: the best one (arXiv 2405.04434), or,
+    where experts are scored one by one, the best two (arXiv 2412.19437)."""
     if moe.num_groups == 1:
         return scores
     groups = scores.reshape(scores.shape[0], moe.num_groups, -1)
-    best, _ = jax.lax.top_k(groups, min(2, groups.shape[2]))
+    best, _ = jax.lax.top_k(groups, min(2 if moe.sigmoid else 1, groups.shape[2]))
     _, chosen = jax.lax.top_k(best.sum(axis=2), moe.groups_per_token)
     allowed = (chosen[:, :, None] == jnp.arange(moe.num_groups)).any(axis=1)
     return jnp.where(allowed[:, :, None], groups, -jnp.inf).reshape(scores.shape)

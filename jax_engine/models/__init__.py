@@ -7,14 +7,17 @@ from jax_engine.errors import ConfigError
 from jax_engine.hf_config import HFConfig
 from jax_engine.model_config import ModelConfig
 from jax_engine.models.decoder import Decoder
+from jax_engine.models.deepseek_v2 import DeepseekV2
 from jax_engine.models.deepseek_v3 import DeepseekV3
 from jax_engine.models.gemma2 import Gemma2
 from jax_engine.models.gemma3 import Gemma3
+from jax_engine.models.gemma3_multimodal import Gemma3Multimodal
 from jax_engine.models.gpt2 import GPT2
 from jax_engine.models.gpt_oss import GptOss
 from jax_engine.models.granite import Granite
 from jax_engine.models.llama import Llama
 from jax_engine.models.mistral import Mistral
+from jax_engine.models.mistral3 import Mistral3
 from jax_engine.models.mixtral import Mixtral
 from jax_engine.models.olmo2 import Olmo2
 from jax_engine.models.phi3 import Phi3
@@ -25,13 +28,16 @@ from jax_engine.models.qwen3_next import Qwen3Next
 from jax_engine.models.smollm3 import SmolLM3
 
 ARCHITECTURES: dict[str, type[Decoder]] = {
+    "DeepseekV2ForCausalLM": DeepseekV2,
     "DeepseekV3ForCausalLM": DeepseekV3,
     "GPT2LMHeadModel": GPT2,
     "Gemma2ForCausalLM": Gemma2,
     "Gemma3ForCausalLM": Gemma3,
+    "Gemma3ForConditionalGeneration": Gemma3Multimodal,
     "GptOssForCausalLM": GptOss,
     "GraniteForCausalLM": Granite,
     "LlamaForCausalLM": Llama,
+    "Mistral3ForConditionalGeneration": Mistral3,
     "MistralForCausalLM": Mistral,
     "MixtralForCausalLM": Mixtral,
     "Olmo2ForCausalLM": Olmo2,

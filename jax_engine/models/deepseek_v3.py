@@ -30,29 +30,7 @@ class DeepseekV3(Decoder):
     @classmethod
     def read_config(cls, hf: HFConfig) -> ModelConfig:
         """See Decoder."""
-        base = hf.base()
-        mla = MLAConfig(
-            query_rank=hf.optional_size("q_lora_rank", 1536) or 0,
-            latent_dim=hf.size("kv_lora_rank", 512),
-            nope_dim=hf.size("qk_nope_head_dim", 128),
-            rope_dim=hf.size("qk_rope_head_dim", 64),
-            value_dim=hf.size("v_head_dim", 128),
-        )
-        hf.ignore("num_nextn_predict_layers", "num_mtp_layers", "qk_head_dim")
-        rope = hf.rope(mla.rope_dim)
-        dense = hf.count("first_k_dense_replace", 3)
-        # As the cache sees it: one KV head that holds latent and turning part.
-        base |= {"num_key_value_heads": 1, "head_dim": mla.latent_dim + mla.rope_dim}
-        return hf.finish(
-            **base,
-            ropes=(rope,),
-            layers=tuple(LayerConfig(sparse=index >= dense) for index in range(base["num_hidden_layers"])),
-            attention_bias=hf.flag("attention_bias"),
-            attention_scale=(mla.nope_dim + mla.rope_dim) ** -0.5 * _sharpening(hf),
-            moe=_read_moe(hf),
-            mla=mla,
-            interleaved_rope=hf.flag("rope_interleave", True),
-        )
+        return read_latent(hf, dense_layers=3, moe=_read_moe(hf))
 
     @classmethod
     def layer_sources(cls, config: ModelConfig, layer: LayerConfig, name: str) -> dict[str, Source]:
@@ -63,6 +41,33 @@ class DeepseekV3(Decoder):
             **weights.norm("post_norm", name + "post_attention_layernorm", config),
             **_mlp_sources(config, layer, name + "mlp."),
         }
+
+
+def read_latent(hf: HFConfig, *, dense_layers: int, moe: MoEConfig) -> ModelConfig:
+    """A model with latent attention and these experts; by default its first `dense_layers` layers have none."""
+    base = hf.base()
+    mla = MLAConfig(
+        query_rank=hf.optional_size("q_lora_rank", 1536) or 0,
+        latent_dim=hf.size("kv_lora_rank", 512),
+        nope_dim=hf.size("qk_nope_head_dim", 128),
+        rope_dim=hf.size("qk_rope_head_dim", 64),
+        value_dim=hf.size("v_head_dim", 128),
+    )
+    hf.ignore("num_nextn_predict_layers", "num_mtp_layers", "qk_head_dim")
+    rope = hf.rope(mla.rope_dim)
+    dense = hf.count("first_k_dense_replace", dense_layers)
+    # As the cache sees it: one KV head that holds latent and turning part.
+    base |= {"num_key_value_heads": 1, "head_dim": mla.latent_dim + mla.rope_dim}
+    return hf.finish(
+        **base,
+        ropes=(rope,),
+        layers=tuple(LayerConfig(sparse=index >= dense) for index in range(base["num_hidden_layers"])),
+        attention_bias=hf.flag("attention_bias"),
+        attention_scale=(mla.nope_dim + mla.rope_dim) ** -0.5 * _sharpening(hf),
+        moe=moe,
+        mla=mla,
+        interleaved_rope=hf.flag("rope_interleave", True),
+    )
 
 
 def _sharpening(hf: HFConfig) -> float:
@@ -90,11 +95,16 @@ def _read_moe(hf: HFConfig) -> MoEConfig:
         num_groups=hf.optional_size("n_group", 8) or 1,
         groups_per_token=hf.optional_size("topk_group", 4) or 1,
     )
+    check_groups(hf, moe)
+    return moe
+
+
+def check_groups(hf: HFConfig, moe: MoEConfig) -> None:
+    """Notes as a problem that the experts cannot be chosen by group."""
     if moe.num_experts % moe.num_groups or moe.groups_per_token > moe.num_groups:
         hf.problem(
             f"{moe.num_experts} experts cannot be chosen from {moe.groups_per_token} of {moe.num_groups} equal groups"
         )
-    return moe
 
 
 def _attention_sources(config: ModelConfig, name: str) -> dict[str, Source]:
@@ -161,9 +171,11 @@ def _mlp_sources(config: ModelConfig, layer: LayerConfig, name: str) -> dict[str
         return weights.gated_mlp("mlp", name, config)
     assert config.moe is not None
     num_experts = config.moe.num_experts
+    sources = {"mlp.router.weight": take(name + "gate.weight", (num_experts, config.hidden_size))}
+    if config.moe.sigmoid:
+        sources["mlp.router.correction"] = take(name + "gate.e_score_correction_bias", (num_experts,))
     return {
-        "mlp.router.weight": take(name + "gate.weight", (num_experts, config.hidden_size)),
-        "mlp.router.correction": take(name + "gate.e_score_correction_bias", (num_experts,)),
+        **sources,
         **weights.experts("mlp", name, config, ("gate_proj", "up_proj", "down_proj")),
         **weights.gated_mlp("mlp.shared", name + "shared_experts.", config, config.moe.shared_size),
     }
