@@ -4,11 +4,14 @@
 
 `structured`: every request has the same JSON schema, whose answers never end before `--output` tokens. `half`: every
 second one has it. `bounded`: every one has a schema whose texts have a greatest length, the dearest masks we know.
-A named shape has no tokenizer: its vocabulary is then made up, bytes first and words after. The `grammar` phase is the
-host's work on masks; it runs while the device runs the model.
+A named shape has no tokenizer. `--vocabulary` gives the real tokens of its model, in the format of tiktoken's files;
+otherwise they are made up, bytes first and words after. The `grammar` phase is the host's work on states and masks, as
+far as it has to wait for it: masks are made while the host does other things, and the device runs the model.
 """
 
+import base64
 import dataclasses
+import itertools
 import random
 import string
 import time
@@ -66,6 +69,37 @@ class MadeUpTokenizer(ByteTokenizer):
         return self._words[at] if at >= 0 else super().token_bytes(token_id)
 
 
+class FileTokenizer(ByteTokenizer):
+    """The tokens of a file in tiktoken's format, a line for each: base64 of its bytes, and its rank, which is its id.
+    Of the ids above, the first two are BOS and EOS, and the others no token.
+    """
+
+    def __init__(self, path: str, vocab_size: int):
+        self.vocab_size = vocab_size
+        with open(path, "rb") as file:
+            pairs = [line.split() for line in file]
+        self._ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
+        self._tokens = {rank: token for token, rank in self._ranks.items()}
+        self.bos_token_id = len(pairs)
+        self.eos_token_ids = (self.bos_token_id + 1,)
+        self.special_token_ids = frozenset((self.bos_token_id, *self.eos_token_ids))
+
+    def encode(self, text: str, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
+        """Byte-pair encoding of the text as one word: the pair of lowest rank is joined, until none has a rank."""
+        parts = [bytes([byte]) for byte in text.encode()]
+        while pairs := [self._ranks[a + b] for a, b in itertools.pairwise(parts) if a + b in self._ranks]:
+            joined = self._tokens[min(pairs)]
+            at = next(i for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b == joined)
+            parts[at : at + 2] = [joined]
+        return [self.bos_token_id] * add_special_tokens + [self._ranks[part] for part in parts]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """See Tokenizer.token_bytes."""
+        if token_id in self.special_token_ids:
+            return f"<{token_id}>".encode()
+        return self._tokens.get(token_id, b"")
+
+
 def flag_set() -> absl_flags.FlagValues:
     """The engine's flags and the benchmark's own."""
     flag_values = common.engine_flags(log_level="warning")
@@ -75,6 +109,7 @@ def flag_set() -> absl_flags.FlagValues:
     absl_flags.DEFINE_integer("output", 128, "Output tokens of each.", lower_bound=2, **here)
     absl_flags.DEFINE_float("temperature", 1.0, "Of every request.", lower_bound=0, **here)
     absl_flags.DEFINE_integer("repeat", 3, "Timed runs of each mode.", lower_bound=1, **here)
+    absl_flags.DEFINE_string("vocabulary", None, "Tokens of a named shape: a file in tiktoken's format.", **here)
     absl_flags.DEFINE_string("out", None, "Results file to write (JSON).", **here)
     return flag_values
 
@@ -146,7 +181,9 @@ def main(argv: Sequence[str]) -> int:
     config = EngineConfig(**flags.values(flag_values, EngineConfig))
     tokenizer = None
     if config.model in NAMED_SHAPES:
-        tokenizer = MadeUpTokenizer(NAMED_SHAPES[config.model]["vocab_size"])
+        vocab_size = NAMED_SHAPES[config.model]["vocab_size"]
+        path = options["vocabulary"]
+        tokenizer = FileTokenizer(path, vocab_size) if path else MadeUpTokenizer(vocab_size)
     (engine,) = start_engines(config, tokenizer)
     job = Job(**{field.name: options[field.name] for field in dataclasses.fields(Job)})
     runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in MODES}

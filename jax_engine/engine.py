@@ -104,6 +104,7 @@ class Engine:
         self._builder = BatchBuilder(runner.limits, vocab_size) if builder is None else builder
         self._grammars = GrammarStates(vocab_size)
         self._ring: deque[tuple[Schedule, StepHandle]] = deque()
+        self._unsampled: tuple[Schedule, Batch] | None = None  # the last of the ring, where it waits for masks
         self._states: dict[str, OutputState] = {}
         self._seed = config.seed
         self._num_seeds = 0
@@ -225,44 +226,75 @@ class Engine:
             self.step_log.end_turn(idle=not self.has_work)
 
     def _turn(self) -> list[RequestOutput]:
-        outputs: list[RequestOutput] = []
         schedule = self._timed("schedule", self.scheduler.schedule, self.clock())
+        self._note_decisions(schedule)
+        batch = self._timed("build", self._builder.build, schedule) if schedule.rows else None
+        failed = self._sample()
         if (copies := schedule.copies) is not None:
             self._timed("dispatch", self._runner.copy_pages, copies)
-        self._note_decisions(schedule)
-        if not schedule.rows:
+        if batch is None:
             self.step_log.scheduled(schedule, None, self.scheduler, self.metrics.compiles_after_ready)
         else:
-            batch = self._timed("build", self._builder.build, schedule)
             handle = self._timed("dispatch", self._runner.dispatch, batch)
             self._ring.append((schedule, handle))
             self._note_dispatch(schedule, batch)
             self.step_log.scheduled(schedule, batch.bucket, self.scheduler, self.metrics.compiles_after_ready)
-            if batch.structured:  # its model runs; what a grammar allows next depends on the tokens of all steps before
-                while len(self._ring) > 1:
-                    outputs += self._take_oldest()
-                outputs += self._timed("grammar", self._sample, schedule, batch, handle)
+        outputs = self._fail(failed)
+        if batch is not None and batch.structured:
+            return outputs + self._take_before(schedule, batch)
         if not self._ring or (schedule.rows and len(self._ring) < self.limits.max_inflight_steps):
             return outputs
         return outputs + self._take_oldest()
 
+    def _take_before(self, schedule: Schedule, batch: Batch) -> list[RequestOutput]:
+        """Takes in the steps before a structured one, on whose tokens its masks depend, while its model runs. The masks
+        are made while the last of them is committed, and the step after is scheduled and built."""
+        outputs: list[RequestOutput] = []
+        while len(self._ring) > 2:
+            outputs += self._take_oldest()
+        self._unsampled = schedule, batch
+        if len(self._ring) > 1:
+            outputs += self._take_oldest()
+        else:
+            self._timed("grammar", self._begin_masks)
+        if self._grammars.masks_are_made:
+            outputs += self._fail(self._sample())
+        return outputs if len(self._ring) < self.limits.max_inflight_steps else outputs + self._take_oldest()
+
     def _take_oldest(self) -> list[RequestOutput]:
+        outputs = self._fail(self._sample()) if len(self._ring) == 1 else []
         schedule, handle = self._ring.popleft()
         waits = not handle.is_ready()
         result = self._timed("wait", handle.result)
         now = self.clock()
         self.metrics.histograms["step"].observe(self.timeline.add_result(now))
+        if self._grammars:
+            self._timed("grammar", self._grammars.advance, schedule.rows, result.tokens)
+        if self._unsampled is not None and len(self._ring) == 1:
+            self._timed("grammar", self._begin_masks)
         # What streams wait for: the device, and the host where it is slower. While there is no work nobody waits.
         seconds = now - (schedule.time if self._last_result is None else self._last_result)
-        outputs = self._timed("commit", self._commit, schedule, result, waits, seconds)
+        outputs += self._timed("commit", self._commit, schedule, result, waits, seconds)
         self._last_result = now if self.has_work else None
         return outputs
 
-    def _sample(self, schedule: Schedule, batch: Batch, handle: StepHandle) -> list[RequestOutput]:
-        """Dispatches the sampling of a structured step; returns the outputs of requests whose grammar has come to an
-        end that is no match."""
-        mask, failed = self._grammars.masks(schedule.rows, batch.bucket.num_seqs)
-        self._runner.sample(handle, batch, mask)
+    def _begin_masks(self) -> None:
+        assert self._unsampled is not None
+        schedule, batch = self._unsampled
+        self._grammars.begin_masks(schedule.rows, batch.bucket.num_seqs)
+
+    def _sample(self) -> list[tuple[Sequence, str]]:
+        """Dispatches the sampling of the structured step that waits for its masks, if there is one; returns the
+        sequences whose grammar has come to an end that is no match."""
+        if self._unsampled is None:
+            return []
+        (_, batch), self._unsampled = self._unsampled, None
+        mask, failed = self._timed("grammar", self._grammars.end_masks)
+        self._timed("dispatch", self._runner.sample, self._ring[-1][1], batch, mask)
+        return failed
+
+    def _fail(self, failed: list[tuple[Sequence, str]]) -> list[RequestOutput]:
+        """Ends the requests of sequences that no token can follow; returns their outputs."""
         changed = {}
         for sequence, message in failed:
             state = self._states[sequence.request.request_id]
@@ -363,7 +395,7 @@ class Engine:
             state.fail("no text can be made of the tokens")
             self._end_all(state, FinishReason.ERROR)
             return
-        if stop is not None or self._grammars.accept(sequence, delta.token_id):
+        if stop is not None or self._grammars.is_complete(sequence):
             self._end(sequence, FinishReason.STOP, stop)
 
     def _note_token(self, metrics: RequestMetrics, now: float) -> None:

@@ -5,12 +5,15 @@ the masks of a step. Masks are numpy: bit `id % 32` of word `id // 32` says whet
 jax.
 """
 
+import dataclasses
 import functools
 import itertools
 import json
 import math
 import os
+import threading
 from collections.abc import Callable, Iterable, Sequence as AbstractSequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import llguidance
@@ -29,6 +32,8 @@ _CACHE_SIZE = 64
 #: threads meet at one.
 _THREADS = max(1, min(8, (os.cpu_count() or 1) * 4 // 5))
 _MAX_LEXERS = 2 * _THREADS
+#: Masks that are made at once by the engine's thread, in less time than it takes to wake another.
+_FEW = 4
 #: Bounds on one compilation and on one mask, in llguidance's units: 50,000 and 14,000 a millisecond, about.
 _COMPILE_FUEL = 5_000_000
 _STEP_FUEL = 500_000
@@ -164,16 +169,31 @@ def _first_line(message: str) -> str:
 
 
 class GrammarStates:
-    """The states of the running sequences that have a grammar. Engine thread only."""
+    """The states of the running sequences that have a grammar. Engine thread only.
+
+    The masks of a step are made by threads of llguidance between `begin_masks` and `end_masks`, so that the engine can
+    commit the step before meanwhile. No state may be touched in between, other than forgotten.
+    """
 
     def __init__(self, vocab_size: int):
         self._states: dict[Sequence, GrammarState] = {}
         self._num_words = math.ceil(vocab_size / 32)
         self._buffers: dict[int, np.ndarray] = {}  # by number of rows: megabytes, which are not allocated in every step
+        self._complete: set[Sequence] = set()
+        self._begun: _Masks | None = None
 
     @functools.cached_property
     def _executor(self) -> llguidance.LLExecutor:
         return llguidance.LLExecutor(_THREADS)
+
+    @functools.cached_property
+    def _thread(self) -> ThreadPoolExecutor:
+        """Waits for the executor's threads in the engine's place."""
+        return ThreadPoolExecutor(1, thread_name_prefix="grammar")
+
+    def __bool__(self) -> bool:
+        """Whether any running sequence has a grammar."""
+        return bool(self._states)
 
     def add(self, sequence: Sequence) -> None:
         """Starts the state of a new sequence, if its request has a grammar."""
@@ -184,43 +204,74 @@ class GrammarStates:
     def drop(self, sequence: Sequence) -> None:
         """Forgets a sequence that has ended."""
         self._states.pop(sequence, None)
+        self._complete.discard(sequence)
 
-    def accept(self, sequence: Sequence, token: int) -> bool:
-        """Advances a sequence's state by a token that was accepted.
+    def advance(self, rows: Iterable[Row], tokens: Iterable[int]) -> None:
+        """Advances the states by the tokens of a step that is about to be committed."""
+        for (sequence, _, _, samples), token in zip(rows, tokens, strict=False):
+            state = self._states.get(sequence)
+            if state is not None and samples and token >= 0 and sequence.status is not Status.FINISHED:
+                matcher = state.matcher
+                if matcher.consume_token(token) and matcher.is_stopped():
+                    self._complete.add(sequence)
 
-        Returns:
-            Whether the output is complete: nothing but an end-of-sequence token could follow.
-        """
-        state = self._states.get(sequence)
-        return state is not None and state.matcher.consume_token(token) and state.matcher.is_stopped()
+    def is_complete(self, sequence: Sequence) -> bool:
+        """Whether nothing but an end-of-sequence token could follow in a sequence that has a grammar."""
+        return sequence in self._complete
 
-    def masks(self, rows: AbstractSequence[Row], num_seqs: int) -> tuple[np.ndarray, list[tuple[Sequence, str]]]:
-        """The masks of a step, whose earlier steps have all been committed.
+    def begin_masks(self, rows: AbstractSequence[Row], num_seqs: int) -> None:
+        """Begins to make the masks of a step, from the tokens of all steps before it.
 
         Args:
             num_seqs: rows of the step's bucket.
-
-        Returns:
-            [num_seqs, ceil(V / 32)] int32, all ones where there is no grammar, valid until the next call; and the
-            sequences that cannot go on, with the reason. Their rows are all ones too.
         """
         wanted = []
-        for index, row in enumerate(rows):
-            state = self._states.get(row.sequence) if row.samples else None
-            if state is not None and row.sequence.status is not Status.FINISHED:
+        for index, (sequence, _, _, samples) in enumerate(rows):
+            state = self._states.get(sequence) if samples else None
+            if state is not None and sequence.status is not Status.FINISHED:
                 wanted.append((state.lexer, index, state.matcher))
-        mask = self._buffer(num_seqs, [index for _, index, _ in wanted])
-        wanted.sort(key=lambda item: item[:2])  # threads take neighbours, and should not wait for each other
-        if len(wanted) == 1:
-            fill_next_token_bitmask(wanted[0][2], mask, wanted[0][1])
-        elif wanted:
-            fill_next_token_bitmask_par(self._executor, [(matcher, index) for _, index, matcher in wanted], mask)
+        array = self._buffer(num_seqs, [index for _, index, _ in wanted])
+        wanted.sort()  # by lexer: threads take neighbours, and should not wait for each other
+        matchers = [(matcher, index) for _, index, matcher in wanted]
+        self._begun = _Masks(rows, array, matchers)
+        if len(matchers) <= _FEW:
+            for matcher, index in matchers:
+                fill_next_token_bitmask(matcher, array, index)
+        else:
+            # Python's lock is given up until the masks are being made: otherwise they would begin at its next switch,
+            # which may be 5 ms away.
+            started = threading.Event()
+            self._begun.done = self._thread.submit(self._fill, matchers, array, started)
+            started.wait()
+
+    @property
+    def masks_are_made(self) -> bool:
+        """Whether `end_masks` would not wait."""
+        return self._begun is None or self._begun.done is None or self._begun.done.done()
+
+    def _fill(self, matchers: list[tuple[llguidance.LLMatcher, int]], array: np.ndarray, started: threading.Event):
+        started.set()
+        fill_next_token_bitmask_par(self._executor, matchers, array)
+
+    def end_masks(self) -> tuple[np.ndarray, list[tuple[Sequence, str]]]:
+        """Waits for the masks that were begun.
+
+        Returns:
+            [num_seqs, ceil(V / 32)] int32, all ones where there is no grammar, valid until the next masks are begun;
+            and the sequences that cannot go on, with the reason. Their rows are all ones too.
+        """
+        begun, self._begun = self._begun, None
+        assert begun is not None, "masks were not begun"
+        if begun.done is not None:
+            begun.done.result()
         failed = []
-        for _, index, matcher in wanted:
+        for matcher, index in begun.matchers:
             if matcher.is_error():
-                failed.append((rows[index].sequence, _first_line(matcher.get_error())))
-                mask[index] = -1
-        return mask, failed
+                begun.array[index] = -1
+                sequence = begun.rows[index].sequence
+                if sequence.status is not Status.FINISHED:
+                    failed.append((sequence, _first_line(matcher.get_error())))
+        return begun.array, failed
 
     def _buffer(self, num_seqs: int, taken: list[int]) -> np.ndarray:
         """Room for the masks of a step, all ones but for the rows that are `taken`."""
@@ -230,3 +281,13 @@ class GrammarStates:
         free[taken] = False
         self._buffers[num_seqs][free] = -1
         return self._buffers[num_seqs]
+
+
+@dataclasses.dataclass
+class _Masks:
+    """The masks of a step that are being made."""
+
+    rows: AbstractSequence[Row]
+    array: np.ndarray
+    matchers: list[tuple[llguidance.LLMatcher, int]]  # with their rows
+    done: Future[None] | None = None  # None: made already

@@ -3,12 +3,15 @@
 import dataclasses
 import random
 import re
+import threading
 
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from benchmarks.scheduler_host import make_limits
+from jax_engine import grammar
+from jax_engine.batch import BatchBuilder
 from jax_engine.config import EngineConfig
 from jax_engine.engine import Engine
 from jax_engine.errors import InvalidRequest
@@ -22,6 +25,14 @@ from jax_engine.testing.byte_tokenizer import EOS, ByteTokenizer
 from jax_engine.testing.fake_runner import FakeRunner
 
 REGEXES = ["[a-f]{3,9}", "(ab|cd)+x", "[0-9]{40}", "(yes|no|maybe)"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _never_few():
+    """All masks are made by other threads, however few."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grammar, "_FEW", 0)
+        yield
 
 
 def make_engine(depth: int, num_pages: int | None = None) -> Engine:
@@ -87,6 +98,8 @@ def test_a_state_that_fails_ends_its_request_alone(depth):
     outputs = {}
     for turn in range(500):
         if turn == 8:
+            if engine._grammars._begun is not None:
+                engine._grammars._begun.done.result()
             victim = next(s for s in engine._grammars._states if s.request.request_id == "0")
             assert not engine._grammars._states[victim].matcher.consume_token(ord("x"))
         outputs |= {output.request_id: output for output in engine.step()}
@@ -117,6 +130,35 @@ def test_the_same_grammar_is_shared_and_has_lexers_for_its_sequences():
     assert len(set(lexers)) == _MAX_LEXERS and len(first._matchers) == _MAX_LEXERS
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_step_is_committed_and_the_next_one_built_while_masks_are_made(monkeypatch, fails):
+    engine, fill, build = make_engine(2), grammar.fill_next_token_bitmask_par, BatchBuilder.build
+    built, calls = threading.Event(), []
+
+    def slow_fill(executor, matchers, array):
+        calls.append(len(engine._states["0"].sequences[0].token_ids))
+        if len(calls) == 4:
+            built.clear()
+            assert built.wait(20), "nothing was built while the masks were made"
+            calls.append(len(engine._states["0"].sequences[0].token_ids))
+            if fails:
+                assert not matchers[0][0].consume_token(ord("!"))
+        fill(executor, matchers, array)
+
+    def note_build(builder, schedule):
+        built.set()
+        return build(builder, schedule)
+
+    monkeypatch.setattr(grammar, "fill_next_token_bitmask_par", slow_fill)
+    monkeypatch.setattr(BatchBuilder, "build", note_build)
+    (output,) = serve(engine, [([5, 6], params("[a-f]{20}", max_tokens=40))], random.Random(0))
+    assert calls[4] == calls[3] + 1, "the step before was not committed"
+    if fails:
+        assert output.outputs[0].finish_reason is FinishReason.ERROR and "structured_outputs" in output.error
+    else:
+        assert re.fullmatch("[a-f]{20}", output.outputs[0].text)
+
+
 def test_rows_of_all_lexers_get_their_own_masks():
     """As many sequences as there are lexers and more, each at another place of one grammar."""
     compiler = GrammarCompiler(ByteTokenizer(), ByteTokenizer.vocab_size, [EOS])
@@ -128,10 +170,12 @@ def test_rows_of_all_lexers_get_their_own_masks():
     for number, sequence in enumerate(sequences):
         states.add(sequence)
         for _ in range(30 if number % 3 else number % 30):
-            assert not states.accept(sequence, ord("q"))
+            states.advance([Row(sequence, 0, 1, True)], [ord("q")])
+            assert not states.is_complete(sequence)
     rows = [Row(sequence, 0, 1, True) for sequence in sequences]
     for turn in (rows, rows[::-1], rows[::2], rows):  # a mask leaves nothing behind for the next
-        masks, failed = states.masks(turn, len(rows) + 1)
+        states.begin_masks(turn, len(rows) + 1)
+        masks, failed = states.end_masks()
         assert not failed and (masks[len(turn) :] == -1).all()
         for row, mask in zip(turn, masks, strict=False):
             digit = sequences.index(row.sequence) % 3
