@@ -7,6 +7,7 @@ model.
 import importlib
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 
 import jax_engine
 from jax_engine import EngineError
@@ -41,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command in ("", "help", "--help", "-h", "-help"):
         print(_overview())
         return 0 if command else 2
+    if command == "--version":
+        print(f"jax-engine {metadata.version('jax-engine')}")
+        return 0
     try:
         if command not in COMMANDS:
             hint = flags.nearest(command, list(COMMANDS))
@@ -72,7 +76,7 @@ def _overview() -> str:
             "",
             *lines,
             "",
-            "`jax-engine COMMAND --help` lists the flags of a command.",
+            "`jax-engine COMMAND --help` lists the flags of a command; `jax-engine --version` says which this is.",
         ]
     )
 

@@ -6,6 +6,7 @@ underscores are the same: `--max-model-len` and `--max_model_len`.
 
 import dataclasses
 import difflib
+import re
 import textwrap
 import types
 import typing
@@ -145,7 +146,13 @@ def parse(flag_values: flags.FlagValues, command: str, argv: Sequence[str]) -> l
             f"unknown flag --{error.flagname}{nearest(error.flagname.replace('-', '_'), list(flag_values), '--')}"
         ) from None
     except flags.Error as error:
-        raise UsageError(" ".join(str(error).split())) from None
+        raise UsageError(_in_words(" ".join(str(error).split()))) from None
+
+
+def _in_words(message: str) -> str:
+    """What Python says of a text that is no number, as a user would say it."""
+    message = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"\1 is not a whole number", message)
+    return re.sub(r"could not convert string to float: (.*)", r"\1 is not a number", message)
 
 
 def values(flag_values: flags.FlagValues, kind: type) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -93,7 +94,9 @@ def test_sampling_flags_become_parameters():
         (["xyzzy"], f"jax-engine: unknown command 'xyzzy'; known: {', '.join(COMMANDS)}"),
         (["serve", "--max-modle-len=4"], "jax-engine: unknown flag --max-modle-len; did you mean --max_model_len?"),
         (["serve", "--prot", "80"], "jax-engine: unknown flag --prot; did you mean --port?"),
-        (["serve", "--port=x"], "jax-engine: flag --port=x: invalid literal for int() with base 10: 'x'"),
+        (["serve", "--port=x"], "jax-engine: flag --port=x: 'x' is not a whole number"),
+        (["serve", "--token_buckets=8,x"], "jax-engine: flag --token_buckets=8,x: 'x' is not a whole number"),
+        (["serve", "--drain_timeout_s=soon"], "jax-engine: flag --drain_timeout_s=soon: 'soon' is not a number"),
         (["serve", "a", "b"], "jax-engine: one model is expected, got 'a b' beside the flags"),
         (["generate"], "jax-engine: nothing to continue: give --prompt or --prompt_file"),
         (["chat", "--n=2"], "jax-engine: a conversation has one answer per turn: --n must be 1"),
@@ -130,6 +133,11 @@ def test_checkpoint_errors_are_one_line(monkeypatch, capsys):
     monkeypatch.setitem(vars(jax_engine), "AsyncEngine", refuse)
     assert main(["generate", "--prompt=x"]) == 1
     assert capsys.readouterr().err == "jax-engine: no such model\n"
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"jax-engine {metadata.version('jax-engine')}\n"
 
 
 def test_help_is_quick_and_needs_no_jax():
