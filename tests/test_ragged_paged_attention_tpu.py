@@ -14,6 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ragged_paged_attention import (
     Device,
+    Ragged,
     plan,
     pool_shape,
     ragged_paged_attention,
@@ -201,6 +202,53 @@ def test_a_kernel_without_one_of_its_waits_is_caught(monkeypatch, module, wait, 
     inputs = make_inputs(SHAPES["tiny"], MIXES["decode"])
     with pytest.raises(Exception, match=symptom):
         assert np.isfinite(run(inputs, decode_only=True, dma=dma)[0]).all()
+
+
+def kernels_in(jaxpr):
+    """Every pallas_call of a program, however deep."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            yield equation
+            continue
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda value: hasattr(value, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from kernels_in(inner)
+
+
+@pytest.mark.parametrize("decode_only", [True, False], ids=["decode", "mixed"])
+def test_every_kernel_says_what_it_costs_and_asks_no_device(monkeypatch, decode_only):
+    """At most, for the compiler's schedule: every row sees a whole page table. The chip is an argument."""
+    for name in ("devices", "local_devices", "default_backend"):
+        monkeypatch.setattr(jax, name, lambda *_: pytest.fail("a kernel asked which devices are here"))
+    shape, rows, table_width, num_pages = SHAPES["llama-8b"], 32, 16, 64
+    device = Device("tpu", "TPU v6 lite")
+
+    def step(pool, q, k, v, ragged):
+        shared = plan(
+            ragged, num_tokens=rows, num_pages=num_pages, page_size=64, decode_only=decode_only, device=device
+        )
+        pool = write_kv(pool, k, v, shared, jnp.int32(0))
+        return ragged_paged_attention(q, pool, shared, jnp.int32(0), scale=0.1), pool
+
+    def array(*dims, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct(dims, dtype)
+
+    pool = array(*pool_shape(1, num_pages, 64, shape.num_kv_heads, shape.head_dim, device=device), dtype=jnp.bfloat16)
+    q = array(rows, shape.num_heads, shape.head_dim, dtype=jnp.bfloat16)
+    kv = array(rows, shape.num_kv_heads, shape.head_dim, dtype=jnp.bfloat16)
+    ragged = Ragged(array(rows, table_width), array(rows), array(rows + 1), array())
+    costs = {
+        kernel.params["name"]: kernel.params["cost_estimate"]
+        for kernel in kernels_in(jax.make_jaxpr(step)(pool, q, kv, kv, ragged).jaxpr)
+    }
+    assert costs.keys() == {"write_kv", "ragged_paged_attention"}
+    kv_bytes = 2 * shape.num_kv_heads * shape.head_dim * 2
+    keys = rows * table_width * 64
+    assert costs["write_kv"].bytes_accessed >= rows * kv_bytes
+    assert costs["ragged_paged_attention"].bytes_accessed >= keys * kv_bytes
+    assert costs["ragged_paged_attention"].flops >= 4 * keys * shape.num_heads * shape.head_dim
+    assert costs["ragged_paged_attention"].transcendentals >= keys * shape.num_heads
 
 
 def test_a_page_that_is_no_whole_tile_is_refused():
