@@ -40,7 +40,7 @@ class StepReport:
         argument_bytes: weights, cache and batch. alias_bytes: what of these is updated in place.
         temp_bytes: memory that the step needs beside its arguments. output_bytes: of results that are new arrays.
         code_bytes: of the program.
-        vmem_bytes: what the hungriest kernel is given of VMEM; 0 on a GPU.
+        vmem_bytes: what the hungriest kernel takes of VMEM; 0 on a GPU.
         collectives: how many operations between devices, by name.
     """
 
@@ -202,8 +202,19 @@ def _collectives(text: str) -> dict[str, int]:
     return {name: names.count(name) for name in sorted(set(names))}
 
 
+#: Where the part of VMEM (memory space 1) begins that a kernel may take, and where ends what is taken of all of VMEM.
+_VMEM_BEGINS = re.compile(r'"scoped_memory_configs":\[\{"memory_space":"1","offset":"(\d+)"')
+_VMEM_ENDS = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"')
+
+
 def _vmem_bytes(text: str) -> int:
-    """What the hungriest kernel is given of VMEM (memory space 1), from the compiled program's own notes."""
+    """What the hungriest kernel takes of VMEM, from the compiled program's own notes.
+
+    XLA keeps the part before the kernel's own for results and for weights that it fetches ahead, and makes it as large
+    as the kernels leave room for: it says nothing of what fits.
+    """
     kernels = [line for line in text.splitlines() if 'custom_call_target="tpu_custom_call"' in line]
-    sizes = re.findall(r'"memory_space":"1","offset":"\d+","size":"(\d+)"', "\n".join(kernels))
-    return max(map(int, sizes), default=0)
+    begins, ends = (
+        [int(number) for line in kernels for number in pattern.findall(line)] for pattern in (_VMEM_BEGINS, _VMEM_ENDS)
+    )
+    return max((end - begin for begin, end in zip(begins, ends, strict=True)), default=0)
