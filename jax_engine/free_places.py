@@ -13,14 +13,14 @@ from typing import Any
 import jax
 import numpy as np
 
-#: Bytes of the places: from the least that the allocator gives to more than a batch of 256 rows takes.
-SIZES = tuple(1 << power for power in range(8, 21))
+#: Bytes of the places: from the least that the allocator gives to what the grammars' masks of 256 rows take.
+SIZES = tuple(1 << power for power in range(8, 24))
 #: Places of each size: a few arrays of two steps in flight.
 PLACES = 4
 
 
 def leave_free(put: Callable[[np.ndarray], jax.Array]) -> list[Any]:
-    """Makes the places, 8 MiB in all. Returns the arrays between them, as large: it is for the caller to keep these.
+    """Makes the places, 64 MiB in all. Returns the arrays between them, as large: it is for the caller to keep these.
 
     Args:
         put: puts an array on the devices.
