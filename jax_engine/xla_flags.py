@@ -11,8 +11,8 @@ FLAGS = {
     # A step then is one CUDA graph. Without it, each `while` in the step and each `cond` around one (the search for
     # the sampling threshold, the log-probabilities of prompts) is driven from the host, which waits for the device to
     # learn the condition: measured on an H100, dispatch took as long as the step itself, so nothing ran ahead.
-    # The sums over the GPUs that hold one model belong to the graph too: between any two of them a graph of its own was
-    # launched, 66 a step, which took longer than they ran.
+    # What GPUs that hold one model exchange through NCCL belongs to the graph too. Their sums of up to 2 MiB do not go
+    # through NCCL: XLA has kernels of its own for these (docs/adr/0035).
     "xla_gpu_enable_command_buffer": "+WHILE,+COLLECTIVES",
 }
 
