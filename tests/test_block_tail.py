@@ -137,7 +137,7 @@ def run_layer(layer: DecoderLayer, device_kind: str, monkeypatch) -> Residual:
     rng = np.random.default_rng(4)
     stream = Residual(*(jnp.asarray(rng.standard_normal((17, 40)), jnp.bfloat16) for _ in range(2)))
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
-        return layer(stream, None, context, jnp.int32(0))[0]
+        return layer(stream, jnp.zeros(0), context, jnp.int32(0))[0]
 
 
 def test_a_layer_gives_the_same_with_the_kernel_and_without(monkeypatch):

@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 COMPUTE, WEIGHTS, INPUTS = 0, 1, 2
@@ -40,8 +41,8 @@ _BLOCK = 64
 _TRANSFORMS = (plgpu.TilingTransform((8, _BLOCK)), plgpu.SwizzleTransform(128))
 #: Rows of a place in the ring of weights: a block of as many outputs, or several blocks of fewer.
 _PLACE_ROWS = 128
-#: The two times all workers wait for one another.
-_NORMALISED, _GATED = range(2)
+#: The two times all workers wait for one another, and when everybody has done so.
+_NORMALISED, _GATED, _PASSED = range(3)
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ class _Sizes:
     def shared_bytes(self) -> int:
         """Shared memory of a block, but for its barriers."""
         inputs = self.tiles.input_places * self.tiles.max_blocks * self.columns
-        return 2 * (_BLOCK * (self.ring_rows + inputs) + _PLACE_ROWS * (self.columns + 1))
+        return 2 * (_BLOCK * (self.ring_rows + inputs) + _PLACE_ROWS * (self.columns + 1)) + 4 * self.columns
 
 
 def products(embed: int, attended: int, hidden: int, tiles: Tiles) -> tuple[Product, Product, Product]:
@@ -188,7 +189,8 @@ def block_tail(attended, residual, output, norm, gate_up, down, eps: float, tile
     )
     if tiles.alone:  # the interpreter reads nothing past the end, where the copy engine fills in zeros
         attended, residual = (jnp.pad(x, ((0, sizes.columns - tokens), (0, 0))) for x in (attended, residual))
-    total, result, *_ = run(attended, residual, output, norm, gate_up, down)
+    counters = jnp.zeros(_PASSED + 1, jnp.int32)
+    total, result, *_ = run(attended, residual, output, norm, gate_up, down, counters)
     return total, result
 
 
@@ -198,6 +200,9 @@ class _Arrays(NamedTuple):
     Given: attended [T, N*H], residual [T, D], output [D, N*H], norm [D], gate_up [2F, D], down [D, F]. Made: total and
     result [T, D]. In between: scaled [T, D], the sum times the norm's weight; gated [T, F]; squares [workers, T]
     float32, sums of squares over the outputs of each worker.
+
+    counters: [3] int32, how many workers have got as far as _NORMALISED, _GATED and _PASSED. Zeros before and after: the
+    kernel writes to what it was given, but leaves it as it was.
     """
 
     attended: Any
@@ -206,6 +211,7 @@ class _Arrays(NamedTuple):
     norm: Any
     gate_up: Any
     down: Any
+    counters: Any
     total: Any
     result: Any
     scaled: Any
@@ -214,32 +220,32 @@ class _Arrays(NamedTuple):
 
 
 class _Shared(NamedTuple):
-    """Shared memory of a thread block, the barriers that hand its parts over, and the semaphores of all blocks.
+    """Shared memory of a thread block, and the barriers that hand its parts over.
 
-    `made` says within a block what the semaphores say to all: that inputs of the next product have been written.
+    `made` says within a block what the counters say to all: that inputs of the next product have been written.
     """
 
     weights: Any
     inputs: Any
     staging: Any
     norm: Any
+    factor: Any
     weights_full: Any
     inputs_full: Any
     weights_free: Any
     inputs_free: Any
     loaded: Any
     made: Any
-    semaphores: Any
+    factor_known: Any
 
 
 def _entry(sizes: _Sizes, *refs):
     """Allocates shared memory and barriers, then runs the warpgroups."""
     arrays = _Arrays(*refs)
     tiles, dtype = sizes.tiles, arrays.result.dtype
-    semaphores = [None if tiles.alone else pl.get_global(plgpu.SemaphoreType.REGULAR) for _ in range(2)]
 
     def run(*scratch):
-        memory = _Shared(*scratch, semaphores=semaphores)
+        memory = _Shared(*scratch)
         warpgroup = lax.axis_index("warpgroup")
         pl.when(warpgroup == WEIGHTS)(lambda: _fetch_weights(sizes, arrays, memory))
         pl.when(warpgroup == INPUTS)(lambda: _fetch_inputs(sizes, arrays, memory))
@@ -251,11 +257,13 @@ def _entry(sizes: _Sizes, *refs):
         plgpu.SMEM((tiles.input_places, tiles.max_blocks, sizes.columns, _BLOCK), dtype, transforms=_TRANSFORMS),
         plgpu.SMEM((sizes.columns, _PLACE_ROWS), dtype),
         plgpu.SMEM((_PLACE_ROWS,), dtype),
+        plgpu.SMEM((sizes.columns,), jnp.float32),
         plgpu.Barrier(num_arrivals=tiles.max_blocks, num_barriers=tiles.weight_places),
         plgpu.Barrier(num_arrivals=tiles.max_blocks, num_barriers=tiles.input_places),
         plgpu.Barrier(num_barriers=tiles.weight_places),
         plgpu.Barrier(num_barriers=tiles.input_places),
         plgpu.Barrier(num_arrivals=2),
+        plgpu.Barrier(),
         plgpu.Barrier(),
         collective_axes="warpgroup",
     )
@@ -287,8 +295,8 @@ def _fetch_weights(sizes: _Sizes, arrays: _Arrays, memory: _Shared):
 
 
 def _fetch_inputs(sizes: _Sizes, arrays: _Arrays, memory: _Shared):
-    """The second: the products' inputs, as soon as they exist."""
-    plgpu.set_max_registers(40, action="decrease")
+    """The second: the products' inputs, as soon as they exist. It has time for the norm's factor too."""
+    plgpu.set_max_registers(96, action="decrease")
     places, barriers = sizes.tiles.input_places, (memory.inputs_full, memory.inputs_free)
     # Traced, for that may lead past the end: what comes of columns without a token is dropped.
     tokens = pl.ds(lax.axis_index("worker") * 0, sizes.columns)
@@ -308,11 +316,17 @@ def _fetch_inputs(sizes: _Sizes, arrays: _Arrays, memory: _Shared):
     fetch_down = functools.partial(fetch, sizes.down, arrays.gated)
     done = lax.fori_loop(0, sizes.output.my_steps(), fetch_output, jnp.int32(0))
     plgpu.barrier_wait(memory.made)
-    _wait_for_all(sizes, memory, _NORMALISED)
-    done = lax.fori_loop(0, sizes.up.my_steps(), fetch_up, done)
+    _wait_for_all(sizes, arrays, _NORMALISED)
+    # Compute waits for the factor at the end of gate and up only, and for inputs all the time: halfway they are ahead.
+    steps = sizes.up.my_steps()
+    done = lax.fori_loop(0, steps // 2, fetch_up, done)
+    _store(memory.factor, _norm_factor(sizes, arrays.squares))
+    plgpu.barrier_arrive(memory.factor_known)
+    done = lax.fori_loop(steps // 2, steps, fetch_up, done)
     plgpu.barrier_wait(memory.made)
-    _wait_for_all(sizes, memory, _GATED)
+    _wait_for_all(sizes, arrays, _GATED)
     done = lax.fori_loop(0, sizes.down.my_steps(), fetch_down, done)
+    _reset(sizes, arrays)
     _drain(places, memory.inputs_free, done)
 
 
@@ -357,29 +371,62 @@ def _compute(sizes: _Sizes, arrays: _Arrays, memory: _Shared):
     done = _Done(jnp.int32(0), jnp.int32(0))
     (added,), done = _multiply(sizes, sizes.output, 1, memory, done)
     total = _normalise(sizes, arrays, memory, added)
-    _tell(sizes, memory, _NORMALISED)
+    _tell(sizes, arrays, memory, _NORMALISED)
     _write(sizes, arrays.total, memory, sizes.output, total)
     (gate, up), done = _multiply(sizes, sizes.up, 2, memory, done)
-    _wait_for_all(sizes, memory, _NORMALISED)
-    factor = lax.broadcast_in_dim(_norm_factor(sizes, arrays.squares), gate.shape, [1])
+    plgpu.barrier_wait(memory.factor_known)
+    factor = _load(memory.factor, plgpu.Layout.WGMMA.reduce(0))
+    factor = lax.broadcast_in_dim(factor, gate.shape, [1])
     # Rounded as the products of the plain form are.
     gate, up = ((value * factor).astype(dtype).astype(jnp.float32) for value in (gate, up))
     _write(sizes, arrays.gated, memory, sizes.up, gate / (1 + jnp.exp(-gate)) * up)
-    _tell(sizes, memory, _GATED)
+    _tell(sizes, arrays, memory, _GATED)
     (result,), _ = _multiply(sizes, sizes.down, 1, memory, done)
     _write(sizes, arrays.result, memory, sizes.down, result)
 
 
-def _tell(sizes: _Sizes, memory: _Shared, when: int):
+def _tell(sizes: _Sizes, arrays: _Arrays, memory: _Shared, when: int):
     """Lets those who fetch inputs know that this worker has made its share of them."""
     if not sizes.tiles.alone:
-        pl.semaphore_signal(memory.semaphores[when])
+        _count(arrays.counters.at[when], 1)
     plgpu.barrier_arrive(memory.made)
 
 
-def _wait_for_all(sizes: _Sizes, memory: _Shared, when: int):
+def _wait_for_all(sizes: _Sizes, arrays: _Arrays, when: int):
     if not sizes.tiles.alone:
-        pl.semaphore_wait(memory.semaphores[when], sizes.tiles.num_workers, decrement=False)
+        _wait_for_count(arrays.counters.at[when], sizes.tiles.num_workers)
+
+
+def _reset(sizes: _Sizes, arrays: _Arrays):
+    """Sets the counters to zero again, for whoever gets them next, as soon as nobody waits for them any more."""
+    if sizes.tiles.alone:
+        return
+    _count(arrays.counters.at[_PASSED], 1)
+
+    @pl.when(lax.axis_index("worker") == 0)
+    def _():
+        _wait_for_all(sizes, arrays, _PASSED)
+        for when in (_NORMALISED, _GATED, _PASSED):
+            _count(arrays.counters.at[when], -sizes.tiles.num_workers)
+
+
+def _count(counter, by: int):
+    """Adds to a counter, after all that this warpgroup has written."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def add(_, ref):
+        mgpu.utils.warpgroup_barrier()
+        mgpu.utils.SemaphoreRef(mgpu.utils.memref_ptr(ref)).signal(by % 2**32, memory_scope="gpu")
+
+    add(counter)
+
+
+def _wait_for_count(counter, count: int):
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def wait(_, ref):
+        mgpu.utils.SemaphoreRef(mgpu.utils.memref_ptr(ref)).wait(count, decrement=False, memory_scope="gpu")
+
+    wait(counter)
 
 
 def _multiply(sizes: _Sizes, product: Product, count: int, memory: _Shared, done: _Done):
