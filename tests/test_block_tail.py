@@ -25,8 +25,9 @@ H100 = "NVIDIA H100 80GB HBM3"
 
 @pytest.fixture(autouse=True)
 def interpreted_device(monkeypatch):
-    """The interpreter, as a device of one multiprocessor."""
+    """The interpreter, as a device of one multiprocessor, and layers of any size."""
     monkeypatch.setitem(api.MULTIPROCESSORS, "interpreter", 1)
+    monkeypatch.setattr(api, "MIN_WEIGHT_BYTES", 0)
 
 
 def make_arrays(tokens, case, dtype=jnp.bfloat16, seed=0):
@@ -93,12 +94,14 @@ def test_every_output_belongs_to_one_worker(name, workers):
         assert product.steps * product.blocks * 64 >= product.inputs
 
 
-def test_where_the_kernel_is_taken():
+def test_where_the_kernel_is_taken(monkeypatch):
+    monkeypatch.undo()
     widths = CASES["llama-8b"]
     assert takes(32, *widths, jnp.bfloat16, H100)
     assert not takes(1, *widths, jnp.bfloat16, H100), "XLA's own products are as fast"
     assert not takes(512, *widths, jnp.bfloat16, H100), "many tokens are not bound by the weights"
     assert not takes(32, *widths, jnp.float32, H100)
+    assert not takes(32, *CASES["qwen3-0.6b"], jnp.bfloat16, H100), "not measured"
     assert not takes(32, *widths, jnp.bfloat16, "NVIDIA H100 PCIe"), "fewer multiprocessors than workers: a dead end"
     assert not takes(32, 8192, 8192, 28672, jnp.bfloat16, H100), "more outputs than a worker's place takes"
 

@@ -23,6 +23,7 @@ Called by api.py only. A token's result depends on nothing but the token and com
 # pyright: reportPrivateImportUsage=false, reportAbstractUsage=false
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -201,8 +202,8 @@ class _Arrays(NamedTuple):
     result [T, D]. In between: scaled [T, D], the sum times the norm's weight; gated [T, F]; squares [workers, T]
     float32, sums of squares over the outputs of each worker.
 
-    counters: [3] int32, how many workers have got as far as _NORMALISED, _GATED and _PASSED. Zeros before and after: the
-    kernel writes to what it was given, but leaves it as it was.
+    counters: [3] int32, how many workers have got as far as _NORMALISED, _GATED and _PASSED. Zeros before and after:
+    the kernel writes to what it was given, but leaves it as it was, so that all layers of a step can share it.
     """
 
     attended: Any
@@ -413,20 +414,21 @@ def _reset(sizes: _Sizes, arrays: _Arrays):
 def _count(counter, by: int):
     """Adds to a counter, after all that this warpgroup has written."""
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-    def add(_, ref):
+    def add(semaphore):
         mgpu.utils.warpgroup_barrier()
-        mgpu.utils.SemaphoreRef(mgpu.utils.memref_ptr(ref)).signal(by % 2**32, memory_scope="gpu")
+        semaphore.signal(by % 2**32, memory_scope="gpu")
 
-    add(counter)
+    _with_semaphore(counter, add)
 
 
 def _wait_for_count(counter, count: int):
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-    def wait(_, ref):
-        mgpu.utils.SemaphoreRef(mgpu.utils.memref_ptr(ref)).wait(count, decrement=False, memory_scope="gpu")
+    _with_semaphore(counter, lambda semaphore: semaphore.wait(count, decrement=False, memory_scope="gpu"))
 
-    wait(counter)
+
+def _with_semaphore(counter, act: Callable[[Any], None]):
+    """Takes a counter for a semaphore: Pallas's own are zeroed by a kernel before each call."""
+    wrap: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    wrap(lambda _, ref: act(mgpu.utils.SemaphoreRef(mgpu.utils.memref_ptr(ref))))(counter)
 
 
 def _multiply(sizes: _Sizes, product: Product, count: int, memory: _Shared, done: _Done):
