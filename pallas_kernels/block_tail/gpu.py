@@ -186,6 +186,7 @@ def block_tail(attended, residual, output, norm, gate_up, down, eps: float, tile
         grid_names=("worker",),
         num_threads=3,
         thread_name="warpgroup",
+        kernel_name="block_tail",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
     if tiles.alone:  # the interpreter reads nothing past the end, where the copy engine fills in zeros
