@@ -1,4 +1,4 @@
-"""The products of a decoder layer with weights in 8 bits, in every form that could serve: time against bytes.
+"""The products of a decoder layer in every form that could serve, with weights of 16 and of 8 bits: time against bytes.
 
     python -m benchmarks.quantized_products --out=benchmarks/results/h100_quantized_products.json
 
@@ -22,6 +22,8 @@ from absl import flags as absl_flags
 from benchmarks import program, report
 from benchmarks.kernels import best_of
 from jax_engine.xla_flags import set_xla_flags
+from pallas_kernels.block_tail import block_tail
+from pallas_kernels.block_tail.api import MAX_TOKENS
 
 EMBED, HIDDEN, QKV = 4096, 14336, 6144
 SHAPES = {"qkv": (QKV, EMBED), "output": (EMBED, EMBED), "gate_up": (2 * HIDDEN, EMBED), "down": (EMBED, HIDDEN)}
@@ -63,24 +65,47 @@ def both(x: jax.Array, weight: Weight) -> jax.Array:
     return (product.astype(jnp.float32) * scale * weight[1]).astype(x.dtype)
 
 
-#: Name -> type of the weights' values, and the product.
-FORMS: dict[str, tuple[Any, Callable]] = {
-    "bf16": (jnp.bfloat16, plain),
-    "int8": (jnp.int8, weight_only),
-    "int8 rounded": (jnp.int8, weight_only_rounded),
-    "fp8": (FP8, weight_only),
-    "fp8 rounded": (FP8, weight_only_rounded),
-    "fp8 x fp8": (FP8, both),
-    "int8 x int8": (jnp.int8, both),
-}
+def apart(product: Callable) -> Callable:
+    """A layer of single products."""
 
-
-def _layers(product: Callable, x: jax.Array, layers: list[dict[str, Weight]]) -> jax.Array:
-    for weights in layers:
+    def layer(x: jax.Array, weights: dict[str, Weight]) -> jax.Array:
         heads = product(_norm(x), weights["qkv"])[:, :EMBED]
         x = x + product(heads, weights["output"])
         gate, up = jnp.split(product(_norm(x), weights["gate_up"]), 2, axis=1)
-        x = x + product(jax.nn.silu(gate) * up, weights["down"])
+        return x + product(jax.nn.silu(gate) * up, weights["down"])
+
+    return layer
+
+
+def tail_in_one(x: jax.Array, weights: dict[str, Weight]) -> jax.Array:
+    """A layer whose last three products are one kernel."""
+    heads = plain(_norm(x), weights["qkv"])[:, :EMBED]
+    output, gate_up, down = (weights[name][0] for name in ("output", "gate_up", "down"))
+    norm = jnp.ones(EMBED, x.dtype)
+    kind = jax.devices()[0].device_kind
+    return jnp.add(*block_tail(heads, x, output, norm, gate_up, down, eps=1e-5, device_kind=kind))
+
+
+#: Name -> type of the weights' values, and the layer.
+FORMS: dict[str, tuple[Any, Callable]] = {
+    "bf16": (jnp.bfloat16, apart(plain)),
+    "bf16 block_tail": (jnp.bfloat16, tail_in_one),
+    "int8": (jnp.int8, apart(weight_only)),
+    "int8 rounded": (jnp.int8, apart(weight_only_rounded)),
+    "fp8": (FP8, apart(weight_only)),
+    "fp8 rounded": (FP8, apart(weight_only_rounded)),
+    "fp8 x fp8": (FP8, apart(both)),
+    "int8 x int8": (jnp.int8, apart(both)),
+}
+
+
+#: Most rows that a form takes.
+MOST_ROWS = {"bf16 block_tail": MAX_TOKENS}
+
+
+def _layers(layer: Callable, x: jax.Array, layers: list[dict[str, Weight]]) -> jax.Array:
+    for weights in layers:
+        x = layer(x, weights)
     return x
 
 
@@ -110,14 +135,15 @@ def _kernels(text: str) -> dict[str, int]:
 
 def measure(form: str, sizes: Sequence[int]) -> list[dict[str, Any]]:
     """A row of figures for every number of tokens."""
-    dtype, product = FORMS[form]
+    dtype, layer = FORMS[form]
+    sizes = [size for size in sizes if size <= MOST_ROWS.get(form, size)]
     layers = _draw(dtype)
     floor = sum(outputs * inputs for outputs, inputs in SHAPES.values()) * jnp.dtype(dtype).itemsize / COPY_BANDWIDTH
 
     def compile_for(tokens: int) -> Any:
         x = jax.ShapeDtypeStruct((tokens, EMBED), jnp.bfloat16)
         start = time.perf_counter()
-        compiled = jax.jit(lambda x, layers: _layers(product, x, layers)).lower(x, layers).compile()
+        compiled = jax.jit(lambda x, layers: _layers(layer, x, layers)).lower(x, layers).compile()
         return compiled, time.perf_counter() - start
 
     rows = []

@@ -80,6 +80,7 @@ def compute(
         device.platform,
         cache.kv_scales,
         one_way,
+        device.kind,
     )
     hidden, pool = model(ids, cache.pool, context)
 

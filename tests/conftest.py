@@ -28,7 +28,7 @@ GOLDEN = Path(__file__).parent / "golden"
 def transfer_guard(request):
     """Data reaches or leaves a device only where the code says so; tests of device functions feed them directly."""
     feeds_device = request.module.__name__.split(".")[-1].startswith(
-        ("test_sampler", "test_ragged", "test_model_layers", "test_kept_programs")
+        ("test_sampler", "test_ragged", "test_model_layers", "test_kept_programs", "test_block_tail")
     )
     jax.config.update("jax_transfer_guard", "allow" if feeds_device else "disallow")
     yield

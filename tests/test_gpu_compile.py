@@ -64,6 +64,16 @@ def test_a_step_compiles_in_place_and_without_spills(bucket, kv_cache_dtype, tmp
     assert reports and all("0 bytes spill stores, 0 bytes spill loads" in report for report in reports)
 
 
+@pytest.mark.parametrize(("rows", "taken"), [(16, True), (8, False)])
+def test_layers_behind_attention_are_one_kernel_where_that_is_faster(rows, taken):
+    device = open_target("h100").devices[0]
+    whole = read_config(NAMED_SHAPES["llama-3.1-8b"])
+    model = dataclasses.replace(whole, num_hidden_layers=LAYERS, layers=whole.layers[:LAYERS])
+    limits = resolve(EngineConfig(), model, platform="gpu", num_pages=PAGES)
+    lowered = ModelProgram(model, "bfloat16", [device]).lower(Bucket(rows, rows, True), limits)[1]
+    assert ("block_tail" in lowered.as_text()) == taken
+
+
 def test_a_step_that_was_kept_is_the_same_for_the_compiler(tmp_path):
     """Its Pallas kernels, and the pool updated in place; see kept_programs.py."""
     device = open_target("h100").devices[0]

@@ -74,6 +74,16 @@ class Attention(nnx.Module):
         Args:
             place: which of the pool's layers is this one's.
         """
+        attended, pool = self.attend(x, pool, context, place)
+        output = matmul(attended, self.output)
+        if hasattr(self, "output_bias"):
+            output = output + self.output_bias[...]
+        return output, pool
+
+    def attend(
+        self, x: Float[Array, "T D"], pool: Array, context: StepContext, place: Array
+    ) -> tuple[Float[Array, "T A"], Array]:
+        """The same without the output product: all heads of a token side by side."""
         plan = context.plan
         tokens = x.shape[0]
         q, k, v = self._project(x)
@@ -101,10 +111,7 @@ class Attention(nnx.Module):
         )
         if self.gated:
             attended = attended * jax.nn.sigmoid(gate)
-        output = matmul(attended.reshape(tokens, -1), self.output)
-        if hasattr(self, "output_bias"):
-            output = output + self.output_bias[...]
-        return output, pool
+        return attended.reshape(tokens, -1), pool
 
     def _project(self, x: Float[Array, "T D"]) -> tuple[Array, Array, Array]:
         """Queries and what gates them [T, K, group, H], keys and values [T, K, H]."""

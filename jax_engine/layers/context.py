@@ -21,7 +21,7 @@ class StepContext:
         query_starts: [B + 1] int32, row i's tokens are [query_starts[i], query_starts[i + 1]).
         num_decodes: int32, how many of the first rows have one token and take the path of single tokens.
         decode_only: there are no other rows, and no code for them.
-        platform: of the devices that the step is for: `cpu`, `gpu` or `tpu`.
+        platform: of the devices that the step is for: `cpu`, `gpu` or `tpu`. device_kind: jax's name of them.
         plans: of every group of layers, of which `plan` is one.
         kv_scales: [L, 2, K] float32, what one unit of an 8-bit pool's numbers is worth, for each layer of the pool,
             keys and values, and kv head; None for other pools. Layers in one place of their groups share them.
@@ -39,6 +39,7 @@ class StepContext:
     platform: str = field(default="cpu", metadata={"static": True})
     kv_scales: Array | None = None
     one_way: bool = field(default=False, metadata={"static": True})
+    device_kind: str = field(default="", metadata={"static": True})
     rotations: tuple[tuple[Array, Array], ...] = ()
 
     @property

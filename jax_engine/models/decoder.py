@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from checkpoints.weight_map import Source
 from jax_engine.hf_config import HFConfig
-from jax_engine.layers import rope
+from jax_engine.layers import block_tail, rope
 from jax_engine.layers.attention import Attention
 from jax_engine.layers.context import StepContext
 from jax_engine.layers.embedding import Embedding
@@ -59,6 +59,11 @@ class DecoderLayer(nnx.Module):
 
     def __call__(self, x: Residual, cache: Any, context: StepContext, place: Array) -> tuple[Residual, Any]:
         total, normed = self.input_norm.after_sum(x.total, x.added, context.platform)
+        tokens, tail = total.shape[0], (self.attention, self.post_norm, self.mlp)
+        if self.residual_multiplier == 1 and block_tail.takes(*tail, tokens, context):
+            assert isinstance(self.attention, Attention) and isinstance(self.mlp, GatedMLP)
+            heads, cache = self.attention.attend(normed, cache, context, place)
+            return Residual(*block_tail.apply(self.attention, self.post_norm, self.mlp, heads, total, context)), cache
         attended, cache = self.attention(normed, cache, context, place)
         total, normed = self.post_norm.after_sum(total, self._scaled(attended), context.platform)
         return Residual(total, self._scaled(self.mlp(normed))), cache
