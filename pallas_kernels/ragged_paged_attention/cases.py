@@ -125,8 +125,8 @@ def in_8_bits(inputs: Inputs, dtype) -> tuple[Inputs, jnp.ndarray]:
     The type's largest number is 4 to 6 of what the pool holds. What is NaN stays so, or becomes the largest number.
     """
     heads, largest = inputs.k.shape[1], largest_number(jnp.dtype(dtype))
-    scales = np.linspace(4, 6, 2 * heads, dtype=np.float32).reshape(2, heads) / largest
-    units = np.asarray(inputs.pool, np.float32) / scales.T[None, :, :, None, None]
+    scales = jnp.asarray(np.linspace(4, 6, 2 * heads, dtype=np.float32).reshape(2, heads) / largest)
+    units = inputs.pool.astype(jnp.float32) / scales.T[None, :, :, None, None]
     if jnp.issubdtype(dtype, jnp.integer):
-        units = np.nan_to_num(units, nan=largest).round()
-    return replace(inputs, pool=jnp.asarray(units.clip(-largest, largest), dtype)), jnp.asarray(scales)
+        units = jnp.nan_to_num(units, nan=largest).round()
+    return replace(inputs, pool=units.clip(-largest, largest).astype(dtype)), scales
