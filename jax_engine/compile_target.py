@@ -210,8 +210,8 @@ _VMEM_ENDS = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","o
 def _vmem_bytes(text: str) -> int:
     """What the hungriest kernel takes of VMEM, from the compiled program's own notes.
 
-    XLA keeps the part before the kernel's own for results and for weights that it fetches ahead, and makes it as large
-    as the kernels leave room for: it says nothing of what fits.
+    XLA keeps the part before the kernel's own for results and for weights that it fetches ahead. How large it makes
+    that says nothing of what fits.
     """
     kernels = [line for line in text.splitlines() if 'custom_call_target="tpu_custom_call"' in line]
     begins, ends = (
