@@ -151,6 +151,8 @@ async def _first_model(session: aiohttp.ClientSession) -> str:
         async with session.get("/v1/models") as response:
             response.raise_for_status()
             return (await response.json())["data"][0]["id"]
+    except aiohttp.ClientConnectionError as error:
+        raise ConfigError(f"no server answers: {error}") from None
     except (aiohttp.ClientError, TimeoutError, KeyError, IndexError) as error:
         raise ConfigError(f"the server does not name its models: {error!r}; is it up, and is the key right?") from None
 

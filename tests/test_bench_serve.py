@@ -41,6 +41,12 @@ async def test_every_request_is_sent_and_its_tokens_counted(work, load):
         assert run["itl_ms"]["p50"] >= 9 and run["e2e_ms"]["max"] >= 49
 
 
+async def test_a_server_that_does_not_answer_is_named(work, unused_tcp_port):
+    options = serve.Options(url=f"http://127.0.0.1:{unused_tcp_port}", workload=work, vocab_size=250, concurrency=(1,))
+    with pytest.raises(ConfigError, match=rf"no server answers: .*127\.0\.0\.1:{unused_tcp_port}"):
+        await serve.measure(options)
+
+
 async def test_closed_load_keeps_to_its_number_of_clients(work):
     engine = FakeAsyncEngine(delay_s=0.005)
     await measure(engine, work, concurrency=(2,))
