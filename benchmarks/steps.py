@@ -2,6 +2,7 @@
 
     python -m benchmarks.steps --rows=1,32,256 --context=768 --out=benchmarks/results/h100_steps.json
     python -m benchmarks.steps --rows=1,240 --prompts=220,60 --trace=FOLDER
+    python -m benchmarks.steps --model=llama-3.1-70b --quantization=fp8 --tensor_parallel_size=2 --rows=32,64
 
 Steps of decodes, or with --prompts of decodes and of whole prompts in the bucket that the engine takes for them.
 Neither scheduler nor engine takes part: the same batch is dispatched over and over, its tokens fed back on the device,
@@ -10,6 +11,8 @@ With --trace, some steps are run under the profiler, and every kernel's time is 
 """
 
 import dataclasses
+import functools
+import math
 import os
 import tempfile
 import time
@@ -33,6 +36,7 @@ from jax_engine.free_places import leave_free
 from jax_engine.models import read_config
 from jax_engine.models.shapes import NAMED_SHAPES
 from jax_engine.program import ModelProgram, Part, nested
+from jax_engine.sharding import choose_devices
 from jax_engine.xla_flags import set_xla_flags
 
 #: Of one H100 80GB, as measured: bytes per second of a device copy, read and written together.
@@ -52,25 +56,41 @@ class Stepper:
     Args:
         shape: name in models.shapes.NAMED_SHAPES. max_rows: most decodes of a step. context: keys of each.
         prompts: lengths of the prompts in every step; where there are none, steps are of decodes only.
+        num_devices: that hold the model between them. quantization: see ModelProgram.
     """
 
-    def __init__(self, shape: str, max_rows: int, context: int, prompts: Sequence[int] = ()):
+    def __init__(
+        self,
+        shape: str,
+        max_rows: int,
+        context: int,
+        prompts: Sequence[int] = (),
+        num_devices: int = 1,
+        quantization: str | None = None,
+    ):
         set_xla_flags()
-        device = jax.devices()[0]
+        [devices] = choose_devices(jax.devices(), num_devices)
+        platform = devices[0].platform
         model = read_config(NAMED_SHAPES[shape])
         self.context, self.prompts = context, prompts
-        limits = resolve(EngineConfig(), model, platform=device.platform, num_pages=1)
+        limits = resolve(EngineConfig(), model, platform=platform, num_pages=1)
         self.pages = -(-context // limits.page_size)
         num_pages = max(self.pages * max_rows + self._prompt_pages(limits.page_size), limits.max_pages_per_seq)
-        self.limits = resolve(EngineConfig(), model, platform=device.platform, num_pages=num_pages)
-        self.program = ModelProgram(model.served(self.limits.max_model_len), "bfloat16", [device])
+        self.limits = resolve(EngineConfig(), model, platform=platform, num_pages=num_pages)
+        served = model.served(self.limits.max_model_len)
+        self.program = ModelProgram(served, "bfloat16", devices, quantization=quantization)
         arrays = dummy(self.program.wanted, 0)
         unread = "embed.weight" if "lm_head.weight" in arrays else None
-        self.read_bytes = sum(array.nbytes for name, array in arrays.items() if name != unread)
+        read = [array for name, array in arrays.items() if name != unread]
+        self.read_bytes = sum(map(_bytes_per_device, jax.tree.leaves(read)))
         self.weights = nested(arrays)
         shapes = self.program.cache_shapes(self.limits)
-        self.cache = jax.jit(lambda: jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), shapes))()
-        self.between_places = leave_free(jax.device_put)
+        self.cache = jax.jit(
+            lambda: jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), shapes),
+            out_shardings=jax.tree.map(lambda s: s.sharding, shapes),
+        )()
+        self.put = functools.partial(jax.device_put, device=self.program.replicated)
+        self.between_places = leave_free(self.put)
 
     def _prompt_pages(self, page_size: int) -> int:
         return sum(-(-length // page_size) for length in self.prompts)
@@ -123,13 +143,13 @@ class Stepper:
         """Runs `count` steps, two in flight at most. Milliseconds of a step, of its dispatch, and of the
         upload and the model's part in that."""
         rows = layout.bucket.num_seqs
-        changes = jax.device_put((no_adjustments(rows), unconstrained(rows, self.program.model_config.vocab_size)))
+        changes = self.put((no_adjustments(rows), unconstrained(rows, self.program.model_config.vocab_size)))
         pending: list[Any] = []
         uploads, models, dispatches = [], [], []
         start = time.perf_counter()
         for _ in range(count):
             began = time.perf_counter()
-            uploaded = jax.device_put(packed)
+            uploaded = self.put(packed)
             uploads.append(time.perf_counter() - began)
             self.cache, output = compiled["model"](self.weights, self.cache, uploaded)
             models.append(time.perf_counter() - began)
@@ -155,10 +175,14 @@ class Stepper:
         }
 
     def floor_ms(self, rows: int) -> float:
-        """What a step has to read, at the speed of a copy."""
+        """What each device has to read for a step, at the speed of a copy."""
         page = self.program.page_bytes(self.limits.page_size) / self.limits.page_size
         keys = rows * self.context + sum(self.prompts)
         return (self.read_bytes + keys * page) / COPY_BYTES * MS
+
+
+def _bytes_per_device(array: jax.Array) -> int:
+    return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
 
 
 def trace_lines(folder: str) -> Iterator[tuple[str, Any]]:
@@ -217,6 +241,8 @@ def main(argv: Sequence[str]) -> int:
     absl_flags.DEFINE_list("rows", ["1", "32", "256"], "Sequences of the step, in turn.", **here)
     absl_flags.DEFINE_integer("context", 768, "Keys of every sequence.", lower_bound=1, **here)
     absl_flags.DEFINE_list("prompts", [], "Lengths of the prompts in every step.", **here)
+    absl_flags.DEFINE_integer("tensor_parallel_size", 1, "GPUs that hold the model.", lower_bound=1, **here)
+    absl_flags.DEFINE_enum("quantization", None, ["int8", "fp8"], "Of the weights.", **here)
     absl_flags.DEFINE_list("sampling", ["greedy"], f"In turn: {', '.join(SAMPLING)}.", **here)
     absl_flags.DEFINE_integer("steps", 60, "Timed steps of each.", lower_bound=1, **here)
     absl_flags.DEFINE_string("trace", None, "Folder for tables of kernels.", **here)
@@ -225,7 +251,14 @@ def main(argv: Sequence[str]) -> int:
         return 0
     sizes = [int(size) for size in values["rows"].value]
     prompts = [int(length) for length in values["prompts"].value]
-    stepper = Stepper(values["model"].value, max(sizes), values["context"].value, prompts)
+    stepper = Stepper(
+        values["model"].value,
+        max(sizes),
+        values["context"].value,
+        prompts,
+        values["tensor_parallel_size"].value,
+        values["quantization"].value,
+    )
     found = []
     for rows in sizes:
         layout, compiled, seconds = stepper.compile(rows)

@@ -25,7 +25,8 @@ GPUS = ("h100", "h100:2", "h100:4", "h100:8")
 _GIB = 1 << 30
 
 #: XLA's GpuTargetConfig of an H100 SXM, by NVIDIA's data sheet and CUDA's device limits for compute capability 9.0.
-#: Without the driver's version XLA leaves library calls out of CUDA graphs.
+#: Without the driver's version XLA leaves library calls out of CUDA graphs; without links between GPUs it leaves sums
+#: over them to NCCL.
 _H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
@@ -36,6 +37,7 @@ gpu_device_info {
   cuda_compute_capability { major: 9 }
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
   driver_version: "12.9.0"
+  device_interconnect_info { active_links: 18 }
 }
 platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 28 }

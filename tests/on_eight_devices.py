@@ -1,6 +1,8 @@
 """Tests that need several devices. test_parallel.py runs this file in a process that has eight simulated ones."""
 
 import dataclasses
+import json
+import os
 import random
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks import all_reduce, steps
 from checkpoints import orbax_io
 from checkpoints.formats import open_checkpoint
 from checkpoints.loader import dummy, load
@@ -208,3 +211,25 @@ def test_two_replicas_of_two_devices_give_what_one_device_gives(tmp_path):
     assert llm.metrics.tokens["generated"] == sum(len(c.token_ids) for o in got for c in o.outputs)
     assert llm.metrics.compiles_after_ready == 0
     assert {path.name for path in tmp_path.iterdir()} == {"steps.0.jsonl", "steps.1.jsonl"}
+
+
+def test_sums_over_devices_are_measured_and_checked(tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])  # both add to it
+    argv = ["all_reduce", "--devices=4", "--rows=1,3", "--width=16", "--count=3", f"--out={tmp_path / 'sums.json'}"]
+    assert all_reduce.main(argv) == 0
+    document = json.loads((tmp_path / "sums.json").read_text())
+    assert [(row["rows"], row["kib"]) for row in document["sums"]] == [(1, 1 / 32), (3, 3 / 32)]
+    assert document["devices"] == 4 and "COLLECTIVES" in document["xla_flags"]
+    monkeypatch.setattr(jax.lax, "psum", lambda x, axis: x)
+    with pytest.raises(RuntimeError, match="sums of 1 rows are wrong"):
+        all_reduce.main(argv)
+
+
+def test_single_steps_are_measured_on_several_devices(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])  # both add to it
+    monkeypatch.setitem(steps.NAMED_SHAPES, "tiny", open_checkpoint(GOLDEN / "llama").config)
+    one, two = (steps.Stepper("tiny", 4, 8, num_devices=size) for size in (1, 2))
+    assert 0.5 < two.floor_ms(4) / one.floor_ms(4) < 0.6, "norms only are read by both"
+    layout, compiled, _ = two.compile(4)
+    figures = two.run(layout, compiled, two.packed(layout, 4, "greedy"), 3)
+    assert figures["step_ms"] > 0 and two.cache.last_tokens.sharding.device_set == set(jax.devices()[:2])

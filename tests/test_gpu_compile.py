@@ -105,6 +105,21 @@ def test_the_model_of_a_decode_step_is_one_graph_without_conditions(tmp_path):
     assert not any("kConditional" in line or "kWhile" in line for line in others)
 
 
+def test_sums_over_two_gpus_are_kernels_of_xla_and_not_nccl(tmp_path):
+    """Two a layer, and the embedding's."""
+    whole = read_config(NAMED_SHAPES["llama-3.1-8b"])
+    model = dataclasses.replace(whole, num_hidden_layers=LAYERS, layers=whole.layers[:LAYERS])
+    limits = resolve(EngineConfig(), model, platform="gpu", num_pages=PAGES)
+    program = ModelProgram(model, "bfloat16", open_target("h100:2").devices)
+    bucket = Bucket(32, 32, True)
+    options = {**(program.compiler_options(bucket) or {}), "xla_dump_to": str(tmp_path)}
+    program.lower(bucket, limits)[1].compile(compiler_options=options)
+    [dumped] = tmp_path.glob("*.thunk_sequence_after_thunk_passes.txt")
+    kinds = re.findall(r"^ *\d+: (k\w+)", dumped.read_text(), re.MULTILINE)
+    assert kinds.count("kCollectiveKernel") == 2 * LAYERS + 1
+    assert kinds.count("kAllReduce") == 0
+
+
 @pytest.mark.parametrize(
     ("format", "rows"), [pytest.param("int8", 32, marks=pytest.mark.long), ("fp8", 32), ("fp8", 128)]
 )
