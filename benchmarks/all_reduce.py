@@ -3,7 +3,7 @@
     python -m benchmarks.all_reduce --devices=2 --rows=1,32,256 --out=benchmarks/results/h200x2_all_reduce.json
 
 A sum is `jax.lax.psum` of [rows, width] bfloat16 under shard_map, as the layers make them, each of what the one before
-gave; between two of them every element is halved. XLA_FLAGS chooses how they are done; the file says what it was.
+gave, divided by the number of devices. XLA_FLAGS chooses how they are done; the file says what it was.
 """
 
 import os

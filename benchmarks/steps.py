@@ -229,6 +229,20 @@ def write_kernels(folder: str, out: Path, count: int) -> None:
     out.write_text(report.table([["plane", "us/step", "calls/step", "name"], *rows]) + "\n")
 
 
+def table(found: Sequence[dict[str, Any]]) -> str:
+    """What the program prints in the end, a line for every kind of step."""
+    cells = [
+        [
+            f"{f['rows']} {f['sampling']}",
+            f"{f['step_ms']:.2f}",
+            f"{f['floor_ms']:.2f}",
+            f"{f['dispatch_ms']['p50']:.2f}",
+        ]
+        for f in found
+    ]
+    return report.table([["rows", "step ms", "floor ms", "dispatch p50 ms"], *cells])
+
+
 def main(argv: Sequence[str]) -> int:
     """Runs the benchmark; argv[0] is the program's name. Returns the exit status.
 
@@ -274,16 +288,7 @@ def main(argv: Sequence[str]) -> int:
             print(found[-1], flush=True)
             if values["trace"].value:
                 trace(stepper, layout, compiled, packed, Path(values["trace"].value) / f"{rows}_{sampling}.txt")
-    cells = [
-        [
-            f"{f['rows']} {f['sampling']}",
-            f"{f['step_ms']:.2f}",
-            f"{f['floor_ms']:.2f}",
-            f"{f['dispatch_ms']['p50']:.2f}",
-        ]
-        for f in found
-    ]
-    print(report.table([["rows", "step ms", "floor ms", "dispatch p50 ms"], *cells]))
+    print(table(found))
     if values["out"].value:
         fields = {"model": values["model"].value, "context": stepper.context, "prompts": prompts, "rows": found}
         flags = os.environ.get("XLA_FLAGS", "")
