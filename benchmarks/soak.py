@@ -9,15 +9,11 @@ stays taken, or memory, threads or files grow past what the first sample (taken 
 """
 
 import asyncio
-import contextlib
 import dataclasses
 import os
 import re
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +21,7 @@ import aiohttp
 import numpy as np
 from absl import flags as absl_flags
 
-from benchmarks import program, report
-from jax_engine import ConfigError
+from benchmarks import program, report, server_process
 from serving import flags
 
 ABORTED_SHARE = 0.1
@@ -58,8 +53,8 @@ def main(argv: Sequence[str]) -> int:
     if not program.parse(flag_values, "benchmarks.soak", __doc__, argv[1:]):
         return 0
     options = Options(**flags.values(flag_values, Options))
-    with _server(options.serve_flags) as (process, url):
-        results = asyncio.run(_soak(process.pid, url, options))
+    with server_process.running(options.serve_flags.split()) as server:
+        results = asyncio.run(_soak(server.pid, server.url, options))
     rows = [list(results["samples"][0])]
     rows += [[f"{value:.0f}" for value in sample.values()] for sample in results["samples"]]
     print(report.table(rows))
@@ -67,28 +62,6 @@ def main(argv: Sequence[str]) -> int:
     if options.out is not None:
         report.write(options.out, report.document("benchmarks.soak", argv, **results))
     return 1 if results["problems"] else 0
-
-
-@contextlib.contextmanager
-def _server(words: str) -> Iterator[tuple[subprocess.Popen, str]]:
-    with tempfile.TemporaryFile("w+") as log:
-        command = [sys.executable, "-m", "serving.cli", "serve", "--port=0", *words.split()]
-        process = subprocess.Popen(
-            command, stderr=log, cwd=report.ROOT, env=os.environ | {"PYTHONPATH": str(report.ROOT)}
-        )
-        try:
-            while True:
-                log.seek(0)
-                text = log.read()
-                if found := re.search(r"serving \S+ at (http://\S+)", text):
-                    break
-                if process.poll() is not None:
-                    raise ConfigError(f"the server did not start:\n{text}")
-                time.sleep(0.2)
-            yield process, found[1]
-        finally:
-            process.terminate()
-            process.wait(60)
 
 
 async def _soak(pid: int, url: str, options: Options) -> dict[str, Any]:

@@ -105,7 +105,7 @@ MUTATIONS = (
         "a prompt's first page is evicted first", POOL, "in reversed(list(zip_longest", "in iter(list(zip_longest"
     ),
     Mutation("a window gives back what is seen", GROUPS, "num_tokens - self.window + 1", "num_tokens + 1"),
-    Mutation("windows give nothing back", POOL, "range(dropped, min(first, len(table)))", "range(0)"),
+    Mutation("windows give nothing back", POOL, "range(sequence.num_dropped, min(first", "range(0, min(0"),
     Mutation("a beginning is found without its window", POOL, "while number >= self", "while number > number + self"),
     Mutation(
         "a page serves another group", POOL, "return digest + bytes((group,)) if group else digest", "return digest"

@@ -14,6 +14,7 @@ from benchmarks import (
     scheduling,
     server_front,
     soak,
+    startup,
     steps,
     structured,
     tpu_kernels,
@@ -169,7 +170,7 @@ def test_static_batch_needs_one_length() -> None:
 
 PROGRAMS = [
     module.main
-    for module in (offline, scheduler_host, scheduling, hf_static, server_front, soak, structured, idle, steps)
+    for module in (offline, scheduler_host, scheduling, hf_static, server_front, soak, startup, structured, idle, steps)
 ]
 
 
@@ -179,6 +180,22 @@ def test_help_and_unknown_flags(main, capsys: pytest.CaptureFixture[str]) -> Non
     assert "--out" in capsys.readouterr().out
     with pytest.raises(UsageError, match="unknown flag --nonsense"):
         main(["x", "--nonsense=1"])
+
+
+def test_what_a_server_says_of_its_start_is_read():
+    log = """INFO jax_engine.model_runner: compiled 63 programs in 97.2 s
+INFO jax_engine.start: 1 replica(s) of llama-3.1-8b on NVIDIA H100 80GB HBM3 (gpu), bfloat16, weights 14.96 GiB
+INFO jax_engine.start: engine ready in 124.6 s"""
+    said = startup.said(log)
+    assert said["device"] == "NVIDIA H100 80GB HBM3 (gpu)"
+    assert (said["programs"], said["compile_s"], said["engine_ready_after_s"]) == (63, 97.2, 124.6)
+    with pytest.raises(ConfigError, match="nothing like"):
+        startup.said("")
+
+
+def test_an_unknown_kind_of_start_is_refused():
+    with pytest.raises(ConfigError, match="got 'warm'"):
+        startup.main(["x", "--starts=warm"])
 
 
 def test_bundles_of_the_walk_are_told_from_those_of_its_inner_loops():

@@ -97,6 +97,16 @@ def test_the_least_recently_used_pages_go_first_and_the_last_of_a_prompt_before_
     assert ask(engine, two, dataclasses.replace(GREEDY, max_tokens=1)).num_cached_tokens == 4
 
 
+def test_a_page_is_found_from_its_last_token_on():
+    pool = PagePool(8, 4, caching=True)
+    sequence = make_sequence([1] * 9, 1)
+    pool.grow(sequence, 3)
+    pool.index(sequence, 7)
+    assert pool.match(make_sequence([1] * 9, 1), 8) == [sequence.pages[:1]]
+    pool.index(sequence, 8)
+    assert pool.match(make_sequence([1] * 9, 1), 8) == [sequence.pages[:2]]
+
+
 def test_another_text_under_the_same_digest_is_not_used():
     pool = PagePool(8, 4, caching=True)
     first, second = make_sequence([1] * 9, 1), make_sequence([2] * 9, 1)
