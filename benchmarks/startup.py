@@ -4,8 +4,8 @@
     python -m benchmarks.startup --serve_flags="--model=llama-3.1-8b --load_format=dummy" --starts=empty,kept
 
 Compiled and lowered programs are kept in a folder of this run, which is empty at first (see docs/operations.md). A
-start is one of `empty`, with nothing kept; `kept`, with all that the starts before left; `compiled`, with jax's own cache
-of compiled programs and without the lowered ones.
+start is one of `empty`, with nothing kept; `kept`, with all that the starts before left; `compiled`, with jax's own
+cache of compiled programs and without the lowered ones.
 """
 
 import dataclasses
