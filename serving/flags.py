@@ -7,6 +7,7 @@ underscores are the same: `--max-model-len` and `--max_model_len`.
 import dataclasses
 import difflib
 import re
+import shlex
 import textwrap
 import types
 import typing
@@ -164,11 +165,10 @@ def values(flag_values: flags.FlagValues, kind: type) -> dict[str, Any]:
     }
 
 
-def non_defaults(flag_values: flags.FlagValues) -> dict[str, Any]:
-    """The flags whose values differ from their defaults."""
-    return {
-        name: flag_values[name].value for name in flag_values if flag_values[name].value != flag_values[name].default
-    }
+def non_defaults(flag_values: flags.FlagValues) -> str:
+    """The flags whose values differ from their defaults, as a command line gives them."""
+    found = (flag_values[name] for name in flag_values)
+    return shlex.join(flag.serialize() for flag in found if flag.value != flag.default)
 
 
 def nearest(name: str, known: Sequence[str], prefix: str = "") -> str:

@@ -124,7 +124,7 @@ def app(args: Mapping[str, str]) -> serve.Application:
     if refused := [name for name in _RAYS if flag_values[name].present]:
         raise flags.UsageError(f"{', '.join(refused)}: set by Ray Serve's own http_options, not here")
     assert not others, "every argument is written as a flag"
-    build = functools.partial(common.build_engine, common.engine_config(flag_values), dict(args))
+    build = functools.partial(common.build_engine, common.engine_config(flag_values), flags.non_defaults(flag_values))
     options = ServerOptions(**flags.values(flag_values, ServerOptions))
     return deployment(build, options, RayOptions(**flags.values(flag_values, RayOptions)))
 

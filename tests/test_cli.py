@@ -182,9 +182,9 @@ def test_generate_several(engines, capsys):
 
 def test_start_shows_flags_that_differ(engines, caplog):
     caplog.set_level(logging.INFO)
-    assert main(["generate", "m", "--prompt=x", "--page-size=32", "--log-level=info", "--max-tokens=1"]) == 0
+    assert main(["generate", "m", "--prompt=x", "--token-buckets=32,64", "--log-level=info", "--max-tokens=1"]) == 0
     err = caplog.text
-    assert "--model=m" in err and "--page_size=32" in err and "--max_num_seqs" not in err and "ready in" in err
+    assert "--model=m" in err and "--token_buckets=32,64" in err and "--max_num_seqs" not in err and "ready in" in err
 
 
 def test_chat_from_a_pipe(engines, capsys, monkeypatch):

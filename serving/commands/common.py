@@ -136,20 +136,16 @@ def engine_config(flag_values: absl_flags.FlagValues) -> EngineConfig:
     return EngineConfig(**flags.values(flag_values, EngineConfig))
 
 
-def build_engine(config: EngineConfig, non_defaults: dict[str, Any]) -> "AsyncEngine":
-    """Loads the model and compiles its steps; takes seconds to minutes.
+def build_engine(config: EngineConfig, given: str) -> "AsyncEngine":
+    """Loads the model and compiles its steps; takes seconds to minutes. `given`: flags, for the log.
 
     Raises:
         ConfigError, CheckpointError: the model cannot be served.
     """
-    log.info("starting %s; flags: %s", config.model, _shown(non_defaults) or "all at their defaults")
+    log.info("starting %s; flags: %s", config.model, given or "all at their defaults")
     start = time.monotonic()
     from jax_engine import AsyncEngine
 
     engine = AsyncEngine(config)
     log.info("ready in %.1f s", time.monotonic() - start)
     return engine
-
-
-def _shown(values: dict[str, Any]) -> str:
-    return " ".join(f"--{name}={value}" for name, value in values.items())
