@@ -417,6 +417,7 @@ class Scheduler:
         assert sum(sequence.num_prompt_tokens for sequence in waiting) == self._num_queued_tokens
         assert self._following == {sequence for group in self._followers.values() for sequence in group} & known
         assert self._prefilling.keys() <= self._running.keys() and self._followers.keys() <= known
+        assert len(self._prefilling) <= self._most_prefills
         slots = [sequence.slot for sequence in holders]
         assert sorted(slots + self._free_slots) == list(range(self.limits.max_num_seqs)), "slots lost or given twice"
         for sequence in holders:

@@ -35,6 +35,7 @@ QUICK = tuple(
         "preemption",
         "scheduler_machine",
         "page_groups",
+        "buckets",
     )
 )
 WITH_MODEL = (
@@ -144,7 +145,7 @@ MUTATIONS = (
         "                    self._let_follow(sequence)\n",
         "                    pass\n",
     ),
-    Mutation("prefills are not counted", SCHEDULER, "and len(self._prefilling) < self._most_prefills:", ":"),
+    Mutation("prefills are not counted", SCHEDULER, ", self._most_prefills - len(self._prefilling))", ", 99)"),
     Mutation(
         "the line grows on paper",
         SCHEDULER,

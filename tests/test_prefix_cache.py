@@ -80,6 +80,16 @@ def test_completions_of_one_request_hold_the_prompt_once():
     assert engine.metrics.preemptions == 0
 
 
+def test_all_completions_run_from_the_end_of_the_prompt_on():
+    engine = make_engine(make_limits(max_num_batched_tokens=8))
+    engine.submit(engine.make_request("r", [6] * 12, dataclasses.replace(GREEDY, n=3, max_tokens=20)))
+    running = []
+    for _ in range(6):
+        engine.step()
+        running.append(engine.scheduler.num_running)
+    assert running[0] == 1 and running[-1] == 3
+
+
 def test_a_prompt_is_computed_once_for_all_completions():
     engine = make_engine(make_limits())
     engine.submit(engine.make_request("r", [6] * 17, dataclasses.replace(GREEDY, n=3, max_tokens=1)))
