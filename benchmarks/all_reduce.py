@@ -25,6 +25,8 @@ from jax_engine.xla_flags import GPU_COMPILER_OPTIONS, set_xla_flags
 from pallas_kernels.all_reduce import IMPLEMENTATIONS, all_reduce
 
 WARM_UP, TIMED = 5, 30
+#: Sums of a program that compares them.
+COMPARED = 8
 #: Numbers below it: their sums over eight devices are exact in bfloat16.
 BOUND = 32
 
@@ -66,7 +68,7 @@ class Bench:
                 return ((at + seed[0] * 131 + number * 17 + rank * 29) % BOUND).astype(jnp.bfloat16)
 
             found = jnp.int32(0)
-            for number in range(self.count):
+            for number in range(COMPARED):
                 whole, peers = self._sum(part(jax.lax.axis_index(TENSOR), number), peers)
                 found += (whole != sum(part(rank, number) for rank in range(self.mesh.size))).sum()
             return jax.lax.psum(found, TENSOR)
@@ -117,7 +119,7 @@ def main(argv: Sequence[str]) -> int:
     absl_flags.DEFINE_integer("width", 4096, "Elements of a row.", lower_bound=1, **here)
     absl_flags.DEFINE_integer("count", 64, "Sums in the program.", lower_bound=1, **here)
     absl_flags.DEFINE_list("implementations", ["gpu", "xla"], f"In turn: {', '.join(IMPLEMENTATIONS)}.", **here)
-    absl_flags.DEFINE_integer("repeats", 160, "Programs of sums that are compared.", lower_bound=0, **here)
+    absl_flags.DEFINE_integer("repeats", 1250, f"Programs of {COMPARED} sums that are compared.", lower_bound=0, **here)
     absl_flags.DEFINE_string("out", None, "Results file to write (JSON).", **here)
     if not program.parse(values, "benchmarks.all_reduce", __doc__, argv[1:]):
         return 0
@@ -137,7 +139,7 @@ def main(argv: Sequence[str]) -> int:
     ]
     print(report.table([["", "KiB", "us each", "dispatch p50 ms"], *cells]))
     if values["out"].value:
-        fields = {"devices": mesh.size, "count": values["count"].value, "repeats": repeats, "sums": found}
+        fields = {"devices": mesh.size, "count": values["count"].value, "compared": repeats * COMPARED, "sums": found}
         flags = os.environ["XLA_FLAGS"]
         document = report.document("benchmarks.all_reduce", argv, device=report.jax_device(), xla_flags=flags, **fields)
         report.write(values["out"].value, document)
