@@ -1,69 +1,112 @@
-"""Sums over the GPUs that hold one model: microseconds of each, where a program has as many as a step.
+"""Sums over the GPUs that hold one model: whether they are right, and microseconds of each.
 
     python -m benchmarks.all_reduce --devices=2 --rows=1,32,256 --out=benchmarks/results/h200x2_all_reduce.json
 
-A sum is `jax.lax.psum` of [rows, width] bfloat16 under shard_map, as the layers make them, each of what the one before
-gave, divided by the number of devices. XLA_FLAGS chooses how they are done; the file says what it was.
+A sum is `all_reduce` of [rows, width] bfloat16 under shard_map, as the layers make them, each of what the one before
+gave, divided by the number of devices: as many in one program as a step has. They are compared with what they must give
+in a program of its own, many times over. XLA_FLAGS chooses how XLA does them; the file says what it was.
 """
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags as absl_flags
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks import program, report
+from jax_engine.peer_memory import PeerMemory, memory_bytes
 from jax_engine.sharding import TENSOR, choose_devices, make_mesh, replicated
 from jax_engine.xla_flags import GPU_COMPILER_OPTIONS, set_xla_flags
+from pallas_kernels.all_reduce import IMPLEMENTATIONS, all_reduce
 
 WARM_UP, TIMED = 5, 30
+#: Sums of a program that compares them.
+COMPARED = 8
+#: Numbers below it: their sums over eight devices are exact in bfloat16.
+BOUND = 32
 
 
-def measure(mesh: jax.sharding.Mesh, rows: int, width: int, count: int) -> dict[str, Any]:
-    """Times a program of `count` sums of [rows, width], run back to back.
+class Bench:
+    """Programs of many sums over the devices of a mesh.
 
-    Raises:
-        RuntimeError: the sums are wrong.
+    Args:
+        width: elements of a row. count: sums of a program. implementation: see all_reduce.
     """
 
-    def add_up(x: jax.Array) -> jax.Array:
-        for _ in range(count):
-            x = jax.lax.psum(x * (1 / mesh.size), TENSOR)
-        return x
+    def __init__(self, mesh: jax.sharding.Mesh, width: int, count: int, implementation: str):
+        self.mesh, self.width, self.count = mesh, width, count
+        self.peers = None
+        if memory_bytes(mesh):
+            self._memory = PeerMemory(mesh)
+            self.peers = jax.device_put(self._memory.peers(), NamedSharding(mesh, PartitionSpec(TENSOR)))
+        # One function for all sums, so that they are traced once.
+        self._sum = jax.jit(lambda x, peers: all_reduce(x, TENSOR, peers, implementation=implementation))
 
-    # What is whole on every device stays so, which tracing cannot prove.
-    whole = PartitionSpec()
-    function = jax.shard_map(add_up, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
-    x = jax.device_put(np.ones((rows, width), jnp.bfloat16), replicated(mesh))
-    compiled = jax.jit(function).lower(x).compile(compiler_options=GPU_COMPILER_OPTIONS)
-    for _ in range(WARM_UP):
-        x = compiled(x)
-    jax.block_until_ready(x)
-    dispatches = []
-    start = time.perf_counter()
-    for _ in range(TIMED):
-        began = time.perf_counter()
-        x = compiled(x)
-        dispatches.append(time.perf_counter() - began)
-    jax.block_until_ready(x)
-    wall = time.perf_counter() - start
-    if not (np.asarray(x) == 1).all():
-        raise RuntimeError(f"sums of {rows} rows are wrong")
-    return {
-        "rows": rows,
-        "kib": x.nbytes / 1024,
-        "us_each": wall / TIMED / count * 1e6,
-        "dispatch_ms": report.percentiles(seconds * 1e3 for seconds in dispatches),
-    }
+    def compile(self, function: Callable[..., jax.Array], given: jax.Array) -> Callable[[jax.Array], jax.Array]:
+        """function(given, peers) on each device; what is given and returned is whole on every one."""
+        # What is whole stays so, which tracing cannot prove.
+        whole, own = PartitionSpec(), PartitionSpec(TENSOR)
+        mapped = jax.shard_map(function, mesh=self.mesh, in_specs=(whole, own), out_specs=whole, check_vma=False)
+        compiled = jax.jit(mapped).lower(given, self.peers).compile(compiler_options=GPU_COMPILER_OPTIONS)
+        return lambda given: compiled(given, self.peers)
+
+    def put(self, array: np.ndarray) -> jax.Array:
+        """The array whole on every device."""
+        return jax.device_put(array, replicated(self.mesh))
+
+    def wrong(self, rows: int, repeats: int) -> int:
+        """How many elements of [rows, width] come out wrong, over all sums of so many programs."""
+
+        def compare(seed: jax.Array, peers: Any) -> jax.Array:
+            def part(rank: Any, number: int) -> jax.Array:
+                at = jnp.arange(rows)[:, None] * 7 + jnp.arange(self.width) * 3
+                return ((at + seed[0] * 131 + number * 17 + rank * 29) % BOUND).astype(jnp.bfloat16)
+
+            found = jnp.int32(0)
+            for number in range(COMPARED):
+                whole, peers = self._sum(part(jax.lax.axis_index(TENSOR), number), peers)
+                found += (whole != sum(part(rank, number) for rank in range(self.mesh.size))).sum()
+            return jax.lax.psum(found, TENSOR)
+
+        run = self.compile(compare, self.put(np.zeros(1, np.int32)))
+        return sum(map(int, [run(self.put(np.full(1, seed, np.int32))) for seed in range(repeats)]))
+
+    def measure(self, rows: int) -> dict[str, Any]:
+        """Times a program of sums of [rows, width], run back to back."""
+
+        def add_up(x: jax.Array, peers: Any) -> jax.Array:
+            for _ in range(self.count):
+                x, peers = self._sum(x * (1 / self.mesh.size), peers)
+            return x
+
+        x = self.put(np.ones((rows, self.width), jnp.bfloat16))
+        run = self.compile(add_up, x)
+        for _ in range(WARM_UP):
+            x = run(x)
+        jax.block_until_ready(x)
+        dispatches = []
+        start = time.perf_counter()
+        for _ in range(TIMED):
+            began = time.perf_counter()
+            x = run(x)
+            dispatches.append(time.perf_counter() - began)
+        jax.block_until_ready(x)
+        wall = time.perf_counter() - start
+        return {
+            "rows": rows,
+            "kib": x.nbytes / 1024,
+            "us_each": wall / TIMED / self.count * 1e6,
+            "dispatch_ms": report.percentiles(seconds * 1e3 for seconds in dispatches),
+        }
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the benchmark; argv[0] is the program's name. Returns the exit status.
+    """Runs the benchmark; argv[0] is the program's name. Returns 1 if a sum was wrong.
 
     Raises:
         UsageError: the command line is wrong.
@@ -75,21 +118,32 @@ def main(argv: Sequence[str]) -> int:
     absl_flags.DEFINE_list("rows", ["1", "8", "32", "64", "256"], "Of what is added up, in turn.", **here)
     absl_flags.DEFINE_integer("width", 4096, "Elements of a row.", lower_bound=1, **here)
     absl_flags.DEFINE_integer("count", 64, "Sums in the program.", lower_bound=1, **here)
+    absl_flags.DEFINE_list("implementations", ["gpu", "xla"], f"In turn: {', '.join(IMPLEMENTATIONS)}.", **here)
+    absl_flags.DEFINE_integer("repeats", 1250, f"Programs of {COMPARED} sums that are compared.", lower_bound=0, **here)
     absl_flags.DEFINE_string("out", None, "Results file to write (JSON).", **here)
     if not program.parse(values, "benchmarks.all_reduce", __doc__, argv[1:]):
         return 0
     set_xla_flags()
     [devices] = choose_devices(jax.devices(), values["devices"].value)
     mesh = make_mesh(devices)
-    found = [measure(mesh, int(rows), values["width"].value, values["count"].value) for rows in values["rows"].value]
-    cells = [[f"{f['kib']:g}", f"{f['us_each']:.1f}", f"{f['dispatch_ms']['p50']:.2f}"] for f in found]
-    print(report.table([["KiB", "us each", "dispatch p50 ms"], *cells]))
+    sizes, repeats = [int(rows) for rows in values["rows"].value], values["repeats"].value
+    found = []
+    for implementation in values["implementations"].value:
+        bench = Bench(mesh, values["width"].value, values["count"].value, implementation)
+        for rows in sizes:
+            wrong = bench.wrong(rows, repeats) if repeats else None
+            found.append({"implementation": implementation, "wrong_elements": wrong, **bench.measure(rows)})
+            print(found[-1], flush=True)
+    cells = [
+        [f["implementation"], f"{f['kib']:g}", f"{f['us_each']:.1f}", f"{f['dispatch_ms']['p50']:.2f}"] for f in found
+    ]
+    print(report.table([["", "KiB", "us each", "dispatch p50 ms"], *cells]))
     if values["out"].value:
-        fields = {"devices": mesh.size, "count": values["count"].value, "sums": found}
+        fields = {"devices": mesh.size, "count": values["count"].value, "compared": repeats * COMPARED, "sums": found}
         flags = os.environ["XLA_FLAGS"]
         document = report.document("benchmarks.all_reduce", argv, device=report.jax_device(), xla_flags=flags, **fields)
         report.write(values["out"].value, document)
-    return 0
+    return int(any(f["wrong_elements"] for f in found))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from jax_engine.features import Feature
 from jax_engine.free_places import leave_free
 from jax_engine.models import read_config
 from jax_engine.models.shapes import NAMED_SHAPES
+from jax_engine.peer_memory import PeerMemory
 from jax_engine.program import ModelProgram, Part, nested
 from jax_engine.sharding import choose_devices
 from jax_engine.xla_flags import set_xla_flags
@@ -89,6 +90,10 @@ class Stepper:
             lambda: jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), shapes),
             out_shardings=jax.tree.map(lambda s: s.sharding, shapes),
         )()
+        if shapes.peers is not None:
+            self._peer_memory = PeerMemory(self.program.mesh)
+            peers = jax.device_put(self._peer_memory.peers(), shapes.peers.sharding)
+            self.cache = dataclasses.replace(self.cache, peers=peers)
         self.put = functools.partial(jax.device_put, device=self.program.replicated)
         self.between_places = leave_free(self.put)
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from jax_engine.config import Limits
 from jax_engine.layers.recurrent import RecurrentCache
 from jax_engine.model_config import ModelConfig
+from pallas_kernels.all_reduce import Peers
 from pallas_kernels.ragged_paged_attention import api as attention_op
 
 
@@ -28,12 +29,14 @@ class KVCache:
         last_tokens: [max_num_seqs + 1] the token that each slot sampled last; the last place takes what padding writes.
         kv_scales: [L, 2, K] float32, of a pool of 8-bit keys and values; see StepContext. None for
             other pools: those of 16 or 32 bits, and latent keys.
+        peers: where steps find the memory of peer_memory.py, which they keep as it is; None where there is none.
     """
 
     pool: Any
     token_ids: Int[Array, " slots"]
     last_tokens: Int[Array, " seqs"]
     kv_scales: Float[Array, "L 2 K"] | None = None
+    peers: Peers | None = None
 
 
 def cache_shapes(

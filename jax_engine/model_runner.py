@@ -35,6 +35,7 @@ from jax_engine.kv_cache import KVCache
 from jax_engine.kv_scales import find_scales
 from jax_engine.models import read_config
 from jax_engine.page_store import PageStore
+from jax_engine.peer_memory import PeerMemory, memory_bytes
 from jax_engine.program import PROMPT_BLOCK, ModelProgram, Part, chosen_quantization, largest_parts, nested
 from jax_engine.sampler import NUM_TOP_LOGPROBS
 from jax_engine.schedule import Copies
@@ -156,6 +157,7 @@ class ModelRunner:
             if config.load_format == "dummy"
             else load(self._program.renamed(checkpoint), wanted, ignore=self._program.ignored_tensors)
         )
+        self._peer_memory = PeerMemory(self._program.mesh) if memory_bytes(self._program.mesh) else None
         self.weight_bytes = sum(array.nbytes for array in jax.tree.leaves(arrays))
         self.weights = nested(arrays)
         num_pages = config.num_pages or self._num_pages_that_fit(config, devices)
@@ -286,7 +288,11 @@ class ModelRunner:
 
     def _empty_cache(self, shapes: KVCache) -> KVCache:
         make = functools.partial(jax.tree.map, lambda shape: jnp.zeros(shape.shape, shape.dtype))
-        return jax.jit(lambda: make(shapes), out_shardings=jax.tree.map(lambda shape: shape.sharding, shapes))()
+        cache = jax.jit(lambda: make(shapes), out_shardings=jax.tree.map(lambda shape: shape.sharding, shapes))()
+        if self._peer_memory is None:
+            return cache
+        peers = jax.device_put(self._peer_memory.peers(), cache.peers.sharding)
+        return dataclasses.replace(cache, peers=peers)
 
     def _num_pages_that_fit(self, config: EngineConfig, devices: list[Any]) -> int:
         """As many pages as free memory holds, but no more than the sequences could ever use."""

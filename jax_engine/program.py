@@ -29,6 +29,7 @@ from jax_engine.layers.linear import FP8_ROWS
 from jax_engine.layers.recurrent import RecurrentCache
 from jax_engine.model_config import ModelConfig
 from jax_engine.models import model_class
+from jax_engine.peer_memory import peers_shape
 from jax_engine.sampler import SamplerOutput
 from jax_engine.sharding import (
     copy_kv_heads,
@@ -162,7 +163,7 @@ class ModelProgram:
         """
         model = share_of(self._placed_config, self.mesh)
         own = cache_shapes(model, limits, self.dtype, self.kv_dtype, self.device)
-        return side_by_side(own, self.mesh)
+        return side_by_side(dataclasses.replace(own, peers=peers_shape(self.mesh)), self.mesh)
 
     def lower(self, bucket: Bucket, limits: Limits) -> tuple[BatchLayout, jax.stages.Lowered]:
         """The model's program of a bucket, ready to be compiled; it takes step.compute's arguments from weights on."""

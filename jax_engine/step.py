@@ -17,6 +17,7 @@ from jax_engine.batch import FLOAT_FIELDS, INT_FIELDS, Adjustments, BatchLayout
 from jax_engine.constraints import Constraints
 from jax_engine.kv_cache import KVCache
 from jax_engine.layers.context import StepContext
+from jax_engine.layers.parallel import sums_take
 from jax_engine.sampler import SamplerOutput, SamplingInputs, greedy, sample, token_logprobs
 from pallas_kernels.ragged_paged_attention import api as attention_op
 
@@ -81,8 +82,10 @@ def compute(
         cache.kv_scales,
         one_way,
         device.kind,
+        cache.peers,
     )
-    hidden, pool = model(ids, cache.pool, context)
+    with sums_take(cache.peers):
+        hidden, pool = model(ids, cache.pool, context)
 
     last = jnp.maximum(query_starts[1:] - 1, 0)
     last_hidden = hidden[last]

@@ -7,8 +7,11 @@ import random
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
 
 from benchmarks import all_reduce, steps
 from checkpoints import orbax_io
@@ -17,10 +20,15 @@ from checkpoints.loader import dummy, load
 from jax_engine.compilation import build
 from jax_engine.convert import convert
 from jax_engine.kept_programs import KeptPrograms
+from jax_engine.layers.parallel import complete, sums_take, take_rows, total
 from jax_engine.llm import LLM
 from jax_engine.models import read_config
 from jax_engine.program import ModelProgram
 from jax_engine.sampling_params import SamplingParams
+from jax_engine.sharding import TENSOR, make_mesh
+from pallas_kernels import all_reduce as all_reduce_op
+from pallas_kernels.all_reduce import reference
+from pallas_kernels.all_reduce.cases import CASES
 from tests.conftest import Modes
 from tests.test_engine import content, random_requests, serve
 from tests.test_preemption import random_requests as long_requests
@@ -213,16 +221,65 @@ def test_two_replicas_of_two_devices_give_what_one_device_gives(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"steps.0.jsonl", "steps.1.jsonl"}
 
 
+def on_devices(function, num_devices, *arrays):
+    """function of one device's slice of each array, on each of so many devices; the results as [devices, ...]."""
+    mesh, own = make_mesh(jax.devices()[:num_devices]), PartitionSpec(TENSOR)
+
+    def one(*parts):
+        return jax.tree.map(lambda result: result[None], function(*(part[0] for part in parts)))
+
+    with jax.transfer_guard("allow"):
+        run = jax.jit(jax.shard_map(one, mesh=mesh, in_specs=own, out_specs=own, check_vma=False))
+        return jax.tree.map(np.asarray, run(*arrays))
+
+
+@pytest.mark.parametrize("name", ["llama-8b, one row", "odd rows", "float16", "float32"])
+def test_sums_of_xla_are_those_of_the_reference(name):
+    case = CASES[name]
+    parts = np.random.default_rng(0).standard_normal((8, case.rows, case.width)).astype(case.dtype)
+    got = on_devices(lambda part: all_reduce_op.all_reduce(part, TENSOR, None)[0], 8, parts)
+    want = reference.all_reduce(parts)
+    for device in range(8):
+        np.testing.assert_array_equal(got[device], got[0])
+    np.testing.assert_allclose(got[0].astype(np.float64), want, rtol=2**-6, atol=2**-5)
+
+
+def test_sums_of_a_layer_take_turns(monkeypatch):
+    """Each takes the peers that the one before it returned, for the kernel's sums must not run at once."""
+
+    def kernel(x, peers):
+        return jax.lax.psum(x, TENSOR) + 1000 * peers[0, 0], peers + 1
+
+    monkeypatch.setattr("pallas_kernels.all_reduce.gpu.all_reduce", kernel)
+    monkeypatch.setattr("pallas_kernels.all_reduce.gpu.supports", lambda x: True)
+    with jax.transfer_guard("allow"):
+        table = nnx.Param(jnp.zeros((4, 2)), sizes=(8, 2), axes=("vocab", "embed"))
+        down = nnx.Param(jnp.zeros((2, 4)), sizes=(2, 8), axes=("embed", "mlp"))
+
+    def layer(part):
+        with sums_take(jnp.full((4, 2), 5, jnp.int32)):
+            first, second = take_rows(table, jnp.array([0])), complete(part, down)
+            third = total(part, down)
+        return first, second, third, complete(part, down)
+
+    first, second, third, outside = on_devices(layer, 2, np.array([[[1.0, 2.0]], [[3.0, 4.0]]], np.float32))
+    np.testing.assert_array_equal(first[0], [[5000, 5000]])
+    np.testing.assert_array_equal(second[1], [[6004, 6006]])
+    np.testing.assert_array_equal(third[1], [[7004, 7006]])
+    np.testing.assert_array_equal(outside[1], [[4, 6]])
+
+
 def test_sums_over_devices_are_measured_and_checked(tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])  # both add to it
-    argv = ["all_reduce", "--devices=4", "--rows=1,3", "--width=16", "--count=3", f"--out={tmp_path / 'sums.json'}"]
+    argv = ["all_reduce", "--devices=4", "--rows=1,3", "--width=16", "--count=3", "--repeats=2"]
+    argv += ["--implementations=auto,xla", f"--out={tmp_path / 'sums.json'}"]
     assert all_reduce.main(argv) == 0
     document = json.loads((tmp_path / "sums.json").read_text())
-    assert [(row["rows"], row["kib"]) for row in document["sums"]] == [(1, 1 / 32), (3, 3 / 32)]
+    want = [(name, rows, rows / 32, 0) for name in ("auto", "xla") for rows in (1, 3)]
+    assert [(s["implementation"], s["rows"], s["kib"], s["wrong_elements"]) for s in document["sums"]] == want
     assert document["devices"] == 4 and "COLLECTIVES" in document["xla_flags"]
-    monkeypatch.setattr(jax.lax, "psum", lambda x, axis: x)
-    with pytest.raises(RuntimeError, match="sums of 1 rows are wrong"):
-        all_reduce.main(argv)
+    monkeypatch.setattr(all_reduce, "all_reduce", lambda x, axis, peers, implementation: (x, peers))
+    assert all_reduce.main(argv) == 1
 
 
 def test_single_steps_are_measured_on_several_devices(monkeypatch):

@@ -10,6 +10,7 @@ from benchmarks import (
     hf_static,
     idle,
     offline,
+    replicas,
     scheduler_host,
     scheduling,
     server_front,
@@ -66,6 +67,17 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     totals = {"total_prompt": 54, "total_output": 24}
     path.write_text(json.dumps({"name": "small", "about": "three", "requests": requests, **totals}))
     return str(path)
+
+
+def test_replicas_are_compared_with_one_of_them(small, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(replicas, "LLM", FakeLLM)
+    out = tmp_path / "out.json"
+    assert replicas.main(["x", f"--workload={small}", "--max_num_seqs=2", f"--out={out}"]) == 0
+    assert "2 replicas over one with a share of the requests: " in capsys.readouterr().out
+    results = json.loads(out.read_text())
+    ran = [(run["replicas"], run["workload"], run["requests"]) for run in results["runs"]]
+    assert ran == [(2, "small", 3), (1, "small, 1/2", 1), (1, "small", 3)]
+    assert results["runs"][1]["wall_s"] * results["runs"][1]["output_tok_per_s"] == pytest.approx(3)
 
 
 def test_offline_compares_modes(small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -105,19 +105,40 @@ def test_the_model_of_a_decode_step_is_one_graph_without_conditions(tmp_path):
     assert not any("kConditional" in line or "kWhile" in line for line in others)
 
 
-def test_sums_over_two_gpus_are_kernels_of_xla_and_not_nccl(tmp_path):
-    """Two a layer, and the embedding's."""
+@pytest.mark.parametrize(("devices", "bucket"), [(2, Bucket(32, 32, True)), (8, Bucket(1, 1, True))])
+def test_sums_over_gpus_are_nodes_of_the_graph_of_a_decode_step(devices, bucket, tmp_path, monkeypatch):
+    """Two a layer, and the embedding's: kernels of our own, which spill nothing."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    launches, lowered = launched(devices, bucket, tmp_path)
+    assert "all_reduce_mosaic" in lowered
+    kinds = [kind for _, kind in launches]
+    assert not {"kCollectiveKernel", "kAllReduce"} & set(kinds) and kinds.count("kCommandBuffer") == 1
+    calls = [in_graph for in_graph, kind in launches if kind == "kCustomCall"]
+    assert all(calls) and len(calls) > 2 * LAYERS + 1
+    reports = [file.read_text() for file in tmp_path.glob("all_reduce*.ptxas")]
+    assert reports and all("0 bytes spill stores, 0 bytes spill loads" in report for report in reports)
+
+
+def test_sums_of_a_step_with_prompts_are_left_to_xla(tmp_path):
+    launches, lowered = launched(2, Bucket(512, 256, False), tmp_path)
+    assert "all_reduce_mosaic" not in lowered
+    sums = [kind for _, kind in launches if kind in ("kCollectiveKernel", "kAllReduce")]
+    assert len(sums) >= 2 * LAYERS + 1
+
+
+def launched(num_devices, bucket, folder):
+    """What is launched for a step on so many H100s: whether in a graph, and its kind; and the lowered program."""
     whole = read_config(NAMED_SHAPES["llama-3.1-8b"])
     model = dataclasses.replace(whole, num_hidden_layers=LAYERS, layers=whole.layers[:LAYERS])
     limits = resolve(EngineConfig(), model, platform="gpu", num_pages=PAGES)
-    program = ModelProgram(model, "bfloat16", open_target("h100:2").devices)
-    bucket = Bucket(32, 32, True)
-    options = {**(program.compiler_options(bucket) or {}), "xla_dump_to": str(tmp_path)}
-    program.lower(bucket, limits)[1].compile(compiler_options=options)
-    [dumped] = tmp_path.glob("*.thunk_sequence_after_thunk_passes.txt")
-    kinds = re.findall(r"^ *\d+: (k\w+)", dumped.read_text(), re.MULTILINE)
-    assert kinds.count("kCollectiveKernel") == 2 * LAYERS + 1
-    assert kinds.count("kAllReduce") == 0
+    program = ModelProgram(model, "bfloat16", open_target(f"h100:{num_devices}").devices)
+    options = {**(program.compiler_options(bucket) or {}), "xla_dump_to": str(folder)}
+    lowered = program.lower(bucket, limits)[1]
+    lowered.compile(compiler_options=options)
+    [dumped] = folder.glob("*.thunk_sequence_after_thunk_passes.txt")
+    found = re.findall(r"^( *)\d+: (k\w+)", dumped.read_text(), re.MULTILINE)
+    return [(bool(indent), kind) for indent, kind in found], lowered.as_text()
 
 
 @pytest.mark.parametrize(

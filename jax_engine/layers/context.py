@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
 
+from pallas_kernels.all_reduce import Peers
 from pallas_kernels.ragged_paged_attention.api import Plan
 
 
@@ -27,6 +28,7 @@ class StepContext:
             keys and values, and kv head; None for other pools. Layers in one place of their groups share them.
         one_way: single tokens are computed as longer rows are, and a token's bits may not depend on how its sequence is
             cut into steps.
+        peers: for the sums over the devices; see pallas_kernels.all_reduce.
         rotations: cosine and sine of every position's angles, one pair for each of ModelConfig.ropes.
     """
 
@@ -40,6 +42,7 @@ class StepContext:
     kv_scales: Array | None = None
     one_way: bool = field(default=False, metadata={"static": True})
     device_kind: str = field(default="", metadata={"static": True})
+    peers: Peers | None = None
     rotations: tuple[tuple[Array, Array], ...] = ()
 
     @property

@@ -5,6 +5,9 @@ its own device's part of each weight. Whether a weight is split is read off its 
 has a part. On one device nothing is split, and nothing here adds an operation.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -14,6 +17,29 @@ from jaxtyping import Array, Float, Int
 
 from checkpoints.quantized_weight import QuantizedWeight
 from jax_engine.sharding import TENSOR
+from pallas_kernels.all_reduce import Peers, all_reduce
+
+#: What the sums of the function being traced take; as the mesh axis, layers do not hand it on.
+_peers: ContextVar[Peers | None] = ContextVar("peers", default=None)
+
+
+@contextmanager
+def sums_take(peers: Peers | None) -> Iterator[None]:
+    """Sums over the devices that are traced inside, which are so made one after the other, take these peers.
+
+    For a whole function that jax traces by itself: what is traced inside another, as by a loop, is not seen outside.
+    """
+    token = _peers.set(peers)
+    try:
+        yield
+    finally:
+        _peers.reset(token)
+
+
+def _sum(part: Array) -> Array:
+    whole, peers = all_reduce(part, TENSOR, _peers.get())
+    _peers.set(peers)
+    return whole
 
 
 def is_split(weight: nnx.Param) -> bool:
@@ -30,13 +56,13 @@ def complete(product: Float[Array, "T F"], weight: nnx.Param) -> Float[Array, "T
     axes, sizes = (weight.get_metadata()[key] for key in ("axes", "sizes"))
     split = [part != size for part, size in zip(weight.shape, sizes, strict=True)]
     if "embed" in axes and any(split[axes.index("embed") :]):
-        return jax.lax.psum(product, TENSOR)
+        return _sum(product)
     return product
 
 
 def total(part: Float[Array, "*T"], weight: nnx.Param) -> Float[Array, "*T"]:
     """A sum over what belongs to a weight's elements, over all devices where the weight is split."""
-    return jax.lax.psum(part, TENSOR) if is_split(weight) else part
+    return _sum(part) if is_split(weight) else part
 
 
 def shard_index() -> Array:
@@ -50,7 +76,7 @@ def take_rows(table: nnx.Param, ids: Int[Array, " T"]) -> Float[Array, "T D"]:
         return _rows(table.get_value(), ids)
     local = ids - shard_index() * table.shape[0]
     mine = (local >= 0) & (local < table.shape[0])
-    return jax.lax.psum(jnp.where(mine[:, None], _rows(table.get_value(), jnp.where(mine, local, 0)), 0), TENSOR)
+    return _sum(jnp.where(mine[:, None], _rows(table.get_value(), jnp.where(mine, local, 0)), 0))
 
 
 def _rows(table: Any, ids: Array) -> Array:

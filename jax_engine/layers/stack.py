@@ -13,6 +13,7 @@ from flax import nnx
 from checkpoints.quantized_weight import QuantizedWeight
 from jax_engine.layers.context import StepContext
 from jax_engine.layers.linear import WeightByLayer
+from jax_engine.layers.parallel import sums_take
 
 
 class _Kind(NamedTuple):
@@ -95,7 +96,8 @@ def _group(layers: Sequence[nnx.Module]) -> tuple[list[_Kind], list[tuple[int, i
 
 @functools.partial(jax.jit, static_argnums=0)
 def _apply(graph: nnx.GraphDef, state: dict, carry: tuple, context: StepContext, place: jax.Array) -> tuple:
-    return nnx.merge(graph, state)(*carry, context, place)
+    with sums_take(context.peers):
+        return nnx.merge(graph, state)(*carry, context, place)
 
 
 def _apply_chosen(kind: _Kind, index: jax.Array, place: jax.Array, carry: tuple, *, context: StepContext) -> tuple:
