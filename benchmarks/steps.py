@@ -2,12 +2,14 @@
 
     python -m benchmarks.steps --rows=1,32,256 --context=768 --out=benchmarks/results/h100_steps.json
     python -m benchmarks.steps --rows=1,240 --prompts=220,60 --trace=FOLDER
+    python -m benchmarks.steps --layers=2 --rows=32 --prompts=512,512,512 --steps=10 --trace=FOLDER
     python -m benchmarks.steps --model=llama-3.1-70b --quantization=fp8 --tensor_parallel_size=2 --rows=32,64
 
 Steps of decodes, or with --prompts of decodes and of whole prompts in the bucket that the engine takes for them.
 Neither scheduler nor engine takes part: the same batch is dispatched over and over, its tokens fed back on the device,
 results read one step late, as the engine does. The floor is the weights' and keys' bytes at the speed of a device copy.
-With --trace, some steps are run under the profiler, and every kernel's time is listed.
+With --trace, some steps are run under the profiler, and every kernel's time is listed; --layers makes a model of a few
+layers, which is soon compiled, as they are all alike.
 """
 
 import dataclasses
@@ -58,6 +60,7 @@ class Stepper:
         shape: name in models.shapes.NAMED_SHAPES. max_rows: most decodes of a step. context: keys of each.
         prompts: lengths of the prompts in every step; where there are none, steps are of decodes only.
         num_devices: that hold the model between them. quantization: see ModelProgram.
+        layers: the model is its first so many; all of them when None.
     """
 
     def __init__(
@@ -68,11 +71,14 @@ class Stepper:
         prompts: Sequence[int] = (),
         num_devices: int = 1,
         quantization: str | None = None,
+        layers: int | None = None,
     ):
         set_xla_flags()
         [devices] = choose_devices(jax.devices(), num_devices)
         platform = devices[0].platform
         model = read_config(NAMED_SHAPES[shape])
+        if layers is not None:
+            model = dataclasses.replace(model, num_hidden_layers=layers, layers=model.layers[:layers])
         self.context, self.prompts = context, prompts
         limits = resolve(EngineConfig(), model, platform=platform, num_pages=1)
         self.pages = -(-context // limits.page_size)
@@ -262,6 +268,7 @@ def main(argv: Sequence[str]) -> int:
     absl_flags.DEFINE_list("prompts", [], "Lengths of the prompts in every step.", **here)
     absl_flags.DEFINE_integer("tensor_parallel_size", 1, "GPUs that hold the model.", lower_bound=1, **here)
     absl_flags.DEFINE_enum("quantization", None, ["int8", "fp8"], "Of the weights.", **here)
+    absl_flags.DEFINE_integer("layers", None, "Of the model, its first ones; all by default.", lower_bound=1, **here)
     absl_flags.DEFINE_list("sampling", ["greedy"], f"In turn: {', '.join(SAMPLING)}.", **here)
     absl_flags.DEFINE_integer("steps", 60, "Timed steps of each.", lower_bound=1, **here)
     absl_flags.DEFINE_string("trace", None, "Folder for tables of kernels.", **here)
@@ -277,6 +284,7 @@ def main(argv: Sequence[str]) -> int:
         prompts,
         values["tensor_parallel_size"].value,
         values["quantization"].value,
+        values["layers"].value,
     )
     found = []
     for rows in sizes:
