@@ -12,7 +12,7 @@ FLAGS = {
     # the sampling threshold, the log-probabilities of prompts) is driven from the host, which waits for the device to
     # learn the condition: measured on an H100, dispatch took as long as the step itself, so nothing ran ahead.
     # What GPUs that hold one model exchange through NCCL belongs to the graph too. Their sums of up to 2 MiB do not go
-    # through NCCL: XLA has kernels of its own for these (docs/adr/0035).
+    # through NCCL (docs/adr/0032, docs/adr/0035).
     "xla_gpu_enable_command_buffer": "+WHILE,+COLLECTIVES",
 }
 

@@ -22,7 +22,7 @@ from jax_engine.convert import convert
 from jax_engine.kept_programs import KeptPrograms
 from jax_engine.layers.parallel import complete, sums_take, take_rows, total
 from jax_engine.llm import LLM
-from jax_engine.models import read_config
+from jax_engine.models import decoder, read_config
 from jax_engine.program import ModelProgram
 from jax_engine.sampling_params import SamplingParams
 from jax_engine.sharding import TENSOR, make_mesh
@@ -242,6 +242,31 @@ def test_sums_of_xla_are_those_of_the_reference(name):
     for device in range(8):
         np.testing.assert_array_equal(got[device], got[0])
     np.testing.assert_allclose(got[0].astype(np.float64), want, rtol=2**-6, atol=2**-5)
+
+
+@pytest.mark.parametrize("name", ["llama-8b, one row", "odd rows"])
+def test_sums_with_norms_of_xla_are_those_of_the_reference(name):
+    case, random = CASES[name], np.random.default_rng(0)
+    parts = random.standard_normal((8, case.rows, case.width)).astype(case.dtype)
+    x = random.standard_normal((case.rows, case.width)).astype(case.dtype)
+    weight = random.uniform(-2, 2, case.width).astype(case.dtype)
+
+    def run(part):
+        return all_reduce_op.all_reduce_add_norm(x, part, weight, TENSOR, None, eps=1e-5, platform="cpu")[:2]
+
+    total, norm = on_devices(run, 8, parts)
+    wanted_total, wanted_norm = reference.all_reduce_add_norm(x, parts, weight, 1e-5)
+    np.testing.assert_allclose(total[3].astype(np.float64), wanted_total, rtol=2**-6, atol=2**-5)
+    np.testing.assert_allclose(norm[3].astype(np.float64), wanted_norm, rtol=2**-5, atol=2**-5)
+
+
+def test_a_sum_may_be_left_to_the_next_norm(monkeypatch):
+    """As it is where one kernel does both, which is nowhere here."""
+    run_layers, left = decoder.run_layers, []
+    monkeypatch.setattr(decoder, "run_layers", lambda *args, **options: run_layers(*args, **options | {"unroll": True}))
+    monkeypatch.setattr(decoder, "leaves_parts", lambda x: left.append(x.shape) or True)
+    check_golden(Modes(tensor_parallel_size=2, **ONE_BUCKET))
+    assert left
 
 
 def test_sums_of_a_layer_take_turns(monkeypatch):

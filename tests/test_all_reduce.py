@@ -33,6 +33,7 @@ def test_what_everybody_would_get_too_much_of_is_left_to_xla():
     rows = CASES["llama-8b, 256 rows"]
     assert "psum" in traced(rows, 4) and "name=all_reduce" in traced(rows, 4, implementation="gpu")
     assert "name=all_reduce" in traced(CASES["llama-8b, decode"], 8)
+    assert "psum" in traced(CASES["llama-70b, decode"], 8)
 
 
 def test_the_next_sum_takes_what_a_sum_returns():
@@ -46,11 +47,12 @@ def test_the_next_sum_takes_what_a_sum_returns():
     [
         ((1, 1024), jnp.bfloat16, 1),
         ((8, 64), jnp.float32, 1),
-        ((512, 1024), jnp.bfloat16, 1),
-        ((513, 1024), jnp.bfloat16, 0),  # more blocks than there may be, and no whole number of larger ones
-        ((514, 1024), jnp.bfloat16, 2),
-        ((1024, 1024), jnp.bfloat16, 2),
-        ((1026, 1024), jnp.bfloat16, 0),
+        ((512, 1024), jnp.bfloat16, 2),
+        ((256, 1024), jnp.bfloat16, 1),
+        ((257, 1024), jnp.bfloat16, 0),  # more blocks than there may be, and no whole number of larger ones
+        ((258, 1024), jnp.bfloat16, 2),
+        ((2048, 1024), jnp.bfloat16, 8),
+        ((2049, 1024), jnp.bfloat16, 0),
         ((1, 1000), jnp.bfloat16, 0),
         ((0, 1024), jnp.bfloat16, 0),
     ],
@@ -61,6 +63,29 @@ def test_blocks_are_alike_and_no_more_than_fit_a_gpu(shape, dtype, units):
     if units:
         blocks = x.size * x.dtype.itemsize // (2048 * units)
         assert blocks <= gpu.BLOCKS and f"grid=({blocks},)" in str(jax.make_jaxpr(gpu.all_reduce)(x, op.peers_shape(2)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "fits"),
+    [
+        ((1, 4096), jnp.bfloat16, True),
+        ((64, 8192), jnp.float16, True),
+        ((64, 16384), jnp.bfloat16, False),
+        ((8, 896), jnp.bfloat16, False),
+        ((8, 4096), jnp.float32, False),
+        ((257, 4096), jnp.bfloat16, False),
+    ],
+)
+def test_rows_that_are_normed_on_the_way(shape, dtype, fits):
+    x, peers = jax.ShapeDtypeStruct(shape, dtype), op.peers_shape(2)
+
+    def run(x, peers):
+        return op.all_reduce_add_norm(x, x, x[0], "tensor", peers, eps=1e-5, platform="gpu")
+
+    program = str(jax.make_jaxpr(run, axis_env=[("tensor", 2)])(x, peers))
+    assert ("name=all_reduce_add_norm" in program) == fits
+    assert ("psum" in program) != fits
+    assert "name=all_reduce_add_norm" not in str(jax.make_jaxpr(run, axis_env=[("tensor", 2)])(x, None))
 
 
 def test_integers_are_not_taken():
@@ -80,14 +105,19 @@ def test_tables_hold_addresses_of_64_bits():
 def test_memory_is_for_linked_gpus_and_several_of_them():
     assert op.memory_bytes(1, "NVIDIA H200") == op.memory_bytes(2, "cpu") == op.memory_bytes(4, "TPU v6e") == 0
     two, four = (op.memory_bytes(number, "NVIDIA H200") for number in (2, 4))
-    assert two < 17 << 20 and 1.9 < four / two < 2
+    assert two < 34 << 20 and 1.9 < four / two < 2
 
 
 def test_refusals():
     x = np.zeros((1, 1000), jnp.bfloat16)
     with pytest.raises(ValueError, match="must be one of auto, gpu, xla; got 'nccl'"):
         op.all_reduce(x, "tensor", None, implementation="nccl")
-    with pytest.raises(ValueError, match=r"a multiple of 2048 bytes up to 2 MiB, and peers; got bfloat16, \(1, 1000\)"):
+    with pytest.raises(ValueError, match=r"a multiple of 2048 bytes up to 4 MiB, and peers; got bfloat16, \(1, 1000\)"):
         op.all_reduce(x, "tensor", np.zeros((4, 2), np.int32), implementation="gpu")
     with pytest.raises(ValueError, match="and no peers; take 'xla'"):
         op.all_reduce(np.zeros((1, 1024), jnp.bfloat16), "tensor", None, implementation="gpu")
+    options = {"eps": 1e-5, "platform": "gpu", "implementation": "gpu"}
+    with pytest.raises(
+        ValueError, match=r"of a multiple of 1024 elements up to 8192, and peers; got bfloat16, \(1, 1000"
+    ):
+        op.all_reduce_add_norm(x, x, x[0], "tensor", np.zeros((4, 2), np.int32), **options)

@@ -107,11 +107,11 @@ def test_the_model_of_a_decode_step_is_one_graph_without_conditions(tmp_path):
 
 @pytest.mark.parametrize(("devices", "bucket"), [(2, Bucket(32, 32, True)), (8, Bucket(1, 1, True))])
 def test_sums_over_gpus_are_nodes_of_the_graph_of_a_decode_step(devices, bucket, tmp_path, monkeypatch):
-    """Two a layer, and the embedding's: kernels of our own, which spill nothing."""
+    """Two a layer, with residual sum and norm, and the embedding's: kernels of our own, which spill nothing."""
     monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
     launches, lowered = launched(devices, bucket, tmp_path)
-    assert "all_reduce_mosaic" in lowered
+    assert "all_reduce_mosaic" in lowered and "all_reduce_add_norm_mosaic" in lowered
     kinds = [kind for _, kind in launches]
     assert not {"kCollectiveKernel", "kAllReduce"} & set(kinds) and kinds.count("kCommandBuffer") == 1
     calls = [in_graph for in_graph, kind in launches if kind == "kCustomCall"]
@@ -122,7 +122,7 @@ def test_sums_over_gpus_are_nodes_of_the_graph_of_a_decode_step(devices, bucket,
 
 def test_sums_of_a_step_with_prompts_are_left_to_xla(tmp_path):
     launches, lowered = launched(2, Bucket(512, 256, False), tmp_path)
-    assert "all_reduce_mosaic" not in lowered
+    assert "all_reduce_mosaic" not in lowered and "all_reduce_add_norm" not in lowered
     sums = [kind for _, kind in launches if kind in ("kCollectiveKernel", "kAllReduce")]
     assert len(sums) >= 2 * LAYERS + 1
 

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from checkpoints.quantized_weight import QuantizedWeight
-from jax_engine.layers.parallel import complete
+from jax_engine.layers.parallel import Part, complete, gives_parts
 
 #: From so many rows on, an H100 multiplies fp8 with fp8 faster than it converts the weights on their way to a product
 #: of bfloat16 (benchmarks/results/h100_quantized_products.json); see ModelProgram.compiler_options too.
@@ -46,6 +46,12 @@ def with_weight(function: Callable[..., Any], *args: Any, weight: nnx.Param) -> 
 def matmul(x: Float[Array, "T D"], weight: nnx.Param) -> Float[Array, "T F"]:
     """x times a weight stored outputs first, inputs last, as checkpoints do: F and D are its flattened axes."""
     return complete(with_weight(_matmul, x, weight=weight), weight)
+
+
+def matmul_part(x: Float[Array, "T D"], weight: nnx.Param) -> Part | Float[Array, "T F"]:
+    """The same, but a sum over the devices is left to who takes it."""
+    product = with_weight(_matmul, x, weight=weight)
+    return Part(product) if gives_parts(weight) else product
 
 
 def matmul_float32(x: Float[Array, "T D"], weight: nnx.Param) -> Float[Array, "T F"]:

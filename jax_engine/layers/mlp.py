@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jax_engine.layers.linear import matmul, small
+from jax_engine.layers.linear import matmul, matmul_part, small
+from jax_engine.layers.parallel import Part
 from jax_engine.layers.param import declare
 
 #: The names in model_config.ACTIVATIONS -> functions.
@@ -34,12 +35,19 @@ class GatedMLP(nnx.Module):
         self.bias = bias
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        down = matmul(self._gated(x), self.down)
+        return down + self.down_bias[...] if self.bias else down
+
+    def part(self, x: Float[Array, "T D"]) -> Part | Float[Array, "T D"]:
+        """The same without the last sum over the devices, for layers without a bias."""
+        return matmul_part(self._gated(x), self.down)
+
+    def _gated(self, x: Float[Array, "T D"]) -> Float[Array, "T F"]:
         gate_up = matmul(x, self.gate_up)
         if self.bias:
             gate_up = gate_up + small(self.gate_up_bias).reshape(-1)
         gate, up = jnp.split(gate_up, 2, axis=-1)
-        down = matmul(FUNCTIONS[self.activation](gate) * up, self.down)
-        return down + self.down_bias[...] if self.bias else down
+        return FUNCTIONS[self.activation](gate) * up
 
 
 class MLP(nnx.Module):

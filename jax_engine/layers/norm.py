@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jax_engine.layers.linear import small
-from jax_engine.layers.parallel import total
+from jax_engine.layers.parallel import Part, sum_add_norm, total
 from jax_engine.layers.param import declare
 from pallas_kernels.add_norm import add_norm
 
@@ -34,9 +34,15 @@ class RMSNorm(nnx.Module):
         return self.weight[...] * y.astype(x.dtype)
 
     def after_sum(
-        self, x: Float[Array, "T D"], added: Float[Array, "T D"], platform: str
+        self, x: Float[Array, "T D"], added: Part | Float[Array, "T D"], platform: str
     ) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
-        """(x + added, its norm), in one kernel where there is one for the platform."""
+        """(x + added, its norm), in one kernel where there is one for the platform.
+
+        Args:
+            added: a Part is summed over the devices first; of layers whose norms have no unit offset.
+        """
+        if isinstance(added, Part):
+            return sum_add_norm(x, added, self.weight[...], eps=self.eps, platform=platform)
         if self.unit_offset:
             total = x + added
             return total, self(total)

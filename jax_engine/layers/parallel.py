@@ -8,7 +8,7 @@ has a part. On one device nothing is split, and nothing here adds an operation.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from checkpoints.quantized_weight import QuantizedWeight
 from jax_engine.sharding import TENSOR
-from pallas_kernels.all_reduce import Peers, all_reduce
+from pallas_kernels.all_reduce import Peers, all_reduce, all_reduce_add_norm, takes_rows
 
 #: What the sums of the function being traced take; as the mesh axis, layers do not hand it on.
 _peers: ContextVar[Peers | None] = ContextVar("peers", default=None)
@@ -36,6 +36,27 @@ def sums_take(peers: Peers | None) -> Iterator[None]:
         _peers.reset(token)
 
 
+class Part(NamedTuple):
+    """What this device has of a sum over the devices: [T, D]."""
+
+    array: Array
+
+
+def leaves_parts(x: Float[Array, "T D"]) -> bool:
+    """Whether what is added to x, and then normed, is best left as a Part: one kernel does all three."""
+    return _peers.get() is not None and takes_rows(x, TENSOR, _peers.get())
+
+
+def sum_add_norm(
+    x: Float[Array, "T D"], part: Part, weight: Float[Array, " D"], *, eps: float, platform: str
+) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
+    """(x + the sum, its root-mean-square norm times weight), both of x's dtype."""
+    given = (x, part.array, weight, TENSOR, _peers.get())
+    total, norm, peers = all_reduce_add_norm(*given, eps=eps, platform=platform)
+    _peers.set(peers)
+    return total, norm
+
+
 def _sum(part: Array) -> Array:
     whole, peers = all_reduce(part, TENSOR, _peers.get())
     _peers.set(peers)
@@ -47,17 +68,20 @@ def is_split(weight: nnx.Param) -> bool:
     return tuple(weight.shape) != weight.get_metadata()["sizes"]
 
 
-def complete(product: Float[Array, "T F"], weight: nnx.Param) -> Float[Array, "T F"]:
-    """A product with a weight, summed over the devices where each has added up a part of the inputs only.
+def gives_parts(weight: nnx.Param) -> bool:
+    """Whether each device adds up a part of the inputs only in a product with the weight.
 
     That is so where a split weight leads back to the residual stream: its axis `embed`, which is never split, comes
     before the one that is, for outputs come before inputs. Other split weights give each device outputs of its own.
     """
     axes, sizes = (weight.get_metadata()[key] for key in ("axes", "sizes"))
     split = [part != size for part, size in zip(weight.shape, sizes, strict=True)]
-    if "embed" in axes and any(split[axes.index("embed") :]):
-        return _sum(product)
-    return product
+    return "embed" in axes and any(split[axes.index("embed") :])
+
+
+def complete(product: Float[Array, "T F"], weight: nnx.Param) -> Float[Array, "T F"]:
+    """A product with a weight, summed over the devices where each has a part."""
+    return _sum(product) if gives_parts(weight) else product
 
 
 def total(part: Float[Array, "*T"], weight: nnx.Param) -> Float[Array, "*T"]:

@@ -17,19 +17,22 @@ from jax_engine.layers import block_tail, rope
 from jax_engine.layers.attention import Attention
 from jax_engine.layers.context import StepContext
 from jax_engine.layers.embedding import Embedding
+from jax_engine.layers.linear import matmul_part
 from jax_engine.layers.mlp import GatedMLP
 from jax_engine.layers.moe import MoE
 from jax_engine.layers.norm import RMSNorm
+from jax_engine.layers.parallel import Part, leaves_parts
 from jax_engine.layers.stack import run_layers
 from jax_engine.model_config import LayerConfig, ModelConfig
 from jax_engine.models import weights
 
 
 class Residual(NamedTuple):
-    """The residual stream between layers: `total`, to which `added` is yet to be added, together with the next norm."""
+    """The residual stream between layers: `total`, to which `added` is yet to be added, together with the next norm,
+    and where it is a Part, with a sum over the devices."""
 
     total: Float[Array, "T D"]
-    added: Float[Array, "T D"]
+    added: Part | Float[Array, "T D"]
 
 
 class DecoderLayer(nnx.Module):
@@ -64,12 +67,25 @@ class DecoderLayer(nnx.Module):
             assert isinstance(self.attention, Attention) and isinstance(self.mlp, GatedMLP)
             heads, cache = self.attention.attend(normed, cache, context, place)
             return Residual(*block_tail.apply(self.attention, self.post_norm, self.mlp, heads, total, context)), cache
+        if self.residual_multiplier == 1 and leaves_parts(total) and _are_plain(*tail):
+            assert isinstance(self.attention, Attention) and isinstance(self.mlp, GatedMLP)
+            heads, cache = self.attention.attend(normed, cache, context, place)
+            part = matmul_part(heads, self.attention.output)
+            total, normed = self.post_norm.after_sum(total, part, context.platform)
+            return Residual(total, self.mlp.part(normed)), cache
         attended, cache = self.attention(normed, cache, context, place)
         total, normed = self.post_norm.after_sum(total, self._scaled(attended), context.platform)
         return Residual(total, self._scaled(self.mlp(normed))), cache
 
     def _scaled(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
         return x if self.residual_multiplier == 1 else x * self.residual_multiplier
+
+
+def _are_plain(attention: nnx.Module, norm: nnx.Module, mlp: nnx.Module) -> bool:
+    """Whether nothing is done with what attention and feed-forward give, but that it is added up and normed."""
+    if not (type(attention) is Attention and type(norm) is RMSNorm and type(mlp) is GatedMLP):
+        return False
+    return not (hasattr(attention, "output_bias") or norm.unit_offset or mlp.bias)
 
 
 class Decoder(nnx.Module):

@@ -39,19 +39,27 @@ def add_norm(x, added, weight, eps: float):
 
 
 def _row(eps: float, x_ref, added_ref, weight_ref, sum_ref, norm_ref):
-    row, width, dtype = lax.axis_index("row"), x_ref.shape[1], x_ref.dtype
-    layout = plgpu.Layout.WG_STRIDED((width,), vec_size=_vector(width))
+    row, layout = lax.axis_index("row"), row_layout(x_ref.shape[1])
+    total = read(x_ref.at[row], layout) + read(added_ref.at[row], layout)
+    write(total, layout, eps, weight_ref, sum_ref.at[row], norm_ref.at[row])
 
-    def read(ref):
-        return plgpu.layout_cast(ref[...], layout).astype(jnp.float32)
 
-    total = (read(x_ref.at[row]) + read(added_ref.at[row])).astype(dtype)
-    sum_ref[row] = total
+def row_layout(width: int):
+    """A row's elements over the threads, of which each reads 16 bytes of a 16-bit format at once, if it is so long."""
+    vector = next(size for size in (8, 4, 2, 1) if width % (size * _THREADS) == 0)
+    return plgpu.Layout.WG_STRIDED((width,), vec_size=vector)
+
+
+def read(ref, layout):
+    """A row as float32."""
+    return plgpu.layout_cast(ref[...], layout).astype(jnp.float32)
+
+
+def write(total, layout, eps: float, weight_ref, sum_ref, norm_ref):
+    """Writes a row, float32 [D] in that layout, and its norm, both rounded to the results' dtype."""
+    dtype, width = sum_ref.dtype, sum_ref.shape[0]
+    total = total.astype(dtype)
+    sum_ref[...] = total
     wide = total.astype(jnp.float32)
     scale = lax.rsqrt(jnp.sum(wide * wide) / width + eps)
-    norm_ref[row] = (read(weight_ref) * (wide * scale).astype(dtype).astype(jnp.float32)).astype(dtype)
-
-
-def _vector(width: int) -> int:
-    """Elements that a thread reads at once: 16 bytes of a 16-bit format where the row is long enough."""
-    return next(size for size in (8, 4, 2, 1) if width % (size * _THREADS) == 0)
+    norm_ref[...] = (read(weight_ref, layout) * (wide * scale).astype(dtype).astype(jnp.float32)).astype(dtype)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.add_norm import add_norm
 from pallas_kernels.all_reduce import gpu, xla
 
 IMPLEMENTATIONS = ("auto", "gpu", "xla")
@@ -21,7 +22,7 @@ IMPLEMENTATIONS = ("auto", "gpu", "xla")
 LINKED = ("NVIDIA H100 80GB HBM3", "NVIDIA H200")
 #: Bytes that a device sends, to all others together, up to which `auto` takes the kernel: it sends a sum's parts to
 #: everybody, and each twice as large as it is. More is left to XLA, which adds up a share on each device.
-MAX_SENT_BYTES = 4 << 20
+MAX_SENT_BYTES = 2 << 20
 
 #: What the kernel has to know of the devices' memory, n + 2 entries; see peers_table. Each device has its own.
 Peers = Int32[Array, "entries 2"]
@@ -67,17 +68,51 @@ def all_reduce(
     Raises:
         ValueError: there is no such implementation, or it does not take the array.
     """
+    _check(implementation, peers, gpu.supports(x), f"{gpu.ALLOWED}, and peers; got {x.dtype}, {x.shape}")
+    if implementation == "gpu" or (implementation == "auto" and gpu.supports(x) and _is_small(x, axis, peers)):
+        return gpu.all_reduce(x, peers)
+    return xla.all_reduce(x, axis), peers
+
+
+def takes_rows(x: Float[Array, "T D"], axis: str, peers: Peers | None) -> bool:
+    """Whether all_reduce_add_norm is one kernel for such rows."""
+    return gpu.supports_rows(x) and _is_small(x, axis, peers)
+
+
+def all_reduce_add_norm(
+    x: Float[Array, "T D"],
+    part: Float[Array, "T D"],
+    weight: Float[Array, " D"],
+    axis: str,
+    peers: Peers | None,
+    *,
+    eps: float,
+    platform: str,
+    implementation: str = "auto",
+) -> tuple[Float[Array, "T D"], Float[Array, "T D"], Peers | None]:
+    """add_norm of x and the sum of `part` over the devices, the same bits on each of them; and peers for the next sum.
+
+    The kernel adds x to the sum before it rounds; xla.py rounds the sum as well.
+
+    Args:
+        axis, peers: see all_reduce. weight, eps, platform: see add_norm.
+        implementation: `auto`: gpu.py where `takes_rows`, else xla.py; or either by name.
+
+    Raises:
+        ValueError: there is no such implementation, or it does not take the rows.
+    """
+    _check(implementation, peers, gpu.supports_rows(x), f"{gpu.ALLOWED_ROWS}, and peers; got {x.dtype}, {x.shape}")
+    if implementation == "gpu" or (implementation == "auto" and takes_rows(x, axis, peers)):
+        return gpu.all_reduce_add_norm(x, part, weight, peers, eps)
+    return *add_norm(x, xla.all_reduce(part, axis), weight, eps=eps, platform=platform), peers
+
+
+def _is_small(x: Any, axis: str, peers: Peers | None) -> bool:
+    return peers is not None and (jax.lax.axis_size(axis) - 1) * x.size * x.dtype.itemsize <= MAX_SENT_BYTES
+
+
+def _check(implementation: str, peers: Any, fits: bool, message: str) -> None:
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}; got {implementation!r}")
-    if implementation == "gpu" and (peers is None or not gpu.supports(x)):
-        raise ValueError(f"{gpu.ALLOWED}, and peers; got {x.dtype}, {x.shape} and {_kind(peers)}; take 'xla'")
-    if peers is None or implementation == "xla" or not gpu.supports(x):
-        return xla.all_reduce(x, axis), peers
-    others = jax.lax.axis_size(axis) - 1
-    if implementation == "auto" and others * x.size * x.dtype.itemsize > MAX_SENT_BYTES:
-        return xla.all_reduce(x, axis), peers
-    return gpu.all_reduce(x, peers)
-
-
-def _kind(peers: Any) -> str:
-    return "no peers" if peers is None else f"peers {peers.shape}"
+    if implementation == "gpu" and (peers is None or not fits):
+        raise ValueError(f"{message} and {'no peers' if peers is None else 'peers'}; take 'xla'")

@@ -1,6 +1,6 @@
 """all_reduce on GPUs that can write to each other's memory: one launch, one way over the links, no barrier.
 
-Every device writes its part into the memory of all others, and adds up what it finds in its own. Whether a part has
+Every device writes its part into the memory of all others, and adds what it finds in its own to it. Whether a part has
 come is told by the part itself: each 8 bytes are 4 bytes of it and the number of the sum, and 8 bytes arrive at once
 (the `LL` protocol of NCCL, github.com/NVIDIA/nccl). So nobody waits until a write has arrived to send a flag behind it.
 
@@ -35,12 +35,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, scf, vector
 
+from pallas_kernels.add_norm import gpu as add_norm
+
 #: Threads of a block, and the bytes that each reads and writes at once.
 _THREADS, _UNIT = 128, 16
-#: Most thread blocks: four on each multiprocessor of an H100, of the sixteen that fit.
-BLOCKS = 512
+#: Most thread blocks: two on each multiprocessor of an H100, of at least four that fit.
+BLOCKS = 256
 #: Most units of a thread.
-_MAX_UNITS = 2
+_MAX_UNITS = 8
 _WORDS = _UNIT // 4
 #: Bytes of a block's slot: each word with the number of its sum.
 _SLOT = 2 * _UNIT * _MAX_UNITS * _THREADS
@@ -50,12 +52,22 @@ MAX_BYTES = BLOCKS * _MAX_UNITS * _BLOCK_BYTES
 ALLOWED = (
     f"the GPU kernel takes bfloat16, float16 or float32, a multiple of {_BLOCK_BYTES} bytes up to {MAX_BYTES >> 20} MiB"
 )
+ALLOWED_ROWS = (
+    f"the GPU kernel takes up to {BLOCKS} rows of bfloat16 or float16, of a multiple of {_BLOCK_BYTES // 2} elements "
+    f"up to {_MAX_UNITS * _BLOCK_BYTES // 2}"
+)
 
 
 def supports(x: jax.Array) -> bool:
     """Whether the kernel takes such an array."""
     size = x.size * x.dtype.itemsize
     return x.dtype in (jnp.bfloat16, jnp.float16, jnp.float32) and 0 < size <= MAX_BYTES and _units(size) > 0
+
+
+def supports_rows(x: jax.Array) -> bool:
+    """Whether all_reduce_add_norm takes such rows."""
+    units, rest = divmod(x.shape[1] * x.dtype.itemsize, _BLOCK_BYTES)
+    return x.dtype in (jnp.bfloat16, jnp.float16) and not rest and 0 < units <= _MAX_UNITS and x.shape[0] <= BLOCKS
 
 
 def memory_bytes(num_devices: int) -> int:
@@ -71,14 +83,10 @@ def _units(size: int) -> int:
 
 def all_reduce(x, peers):
     """See api.all_reduce."""
-    units = _units(x.size * x.dtype.itemsize)
-    size = units * _BLOCK_BYTES // x.dtype.itemsize
+    size = _units(x.size * x.dtype.itemsize) * _BLOCK_BYTES // x.dtype.itemsize
     run = plgpu.kernel(
-        functools.partial(_block, peers.shape[0] - 2, units),
-        out_type=(
-            jax.ShapeDtypeStruct((x.size // size, size), x.dtype),
-            jax.ShapeDtypeStruct(peers.shape, peers.dtype),
-        ),
+        _sum_block,
+        out_type=(jax.ShapeDtypeStruct((x.size // size, size), x.dtype), _like(peers)),
         kernel_name="all_reduce",
         grid=(x.size // size,),
         grid_names=("block",),
@@ -87,20 +95,48 @@ def all_reduce(x, peers):
     return total.reshape(x.shape), peers
 
 
-def _block(num_devices: int, units: int, x_ref, peers_ref, out_ref, next_ref):
-    block, size, dtype = lax.axis_index("block"), x_ref.shape[1], x_ref.dtype
-    layout = plgpu.Layout.WG_STRIDED((size,), vec_size=_UNIT // dtype.itemsize)
+def all_reduce_add_norm(x, part, weight, peers, eps: float):
+    """See api.all_reduce_add_norm."""
+    run = plgpu.kernel(
+        functools.partial(_sum_row, eps),
+        out_type=(_like(x), _like(x), _like(peers)),
+        kernel_name="all_reduce_add_norm",
+        grid=(x.shape[0],),
+        grid_names=("block",),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )
+    return run(x, part, weight, peers)
+
+
+def _like(x):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _sum_block(x_ref, peers_ref, out_ref, next_ref):
+    layout = plgpu.Layout.WG_STRIDED((x_ref.shape[1],), vec_size=_UNIT // x_ref.dtype.itemsize)
+    block = lax.axis_index("block")
+    out_ref[block] = _sum(x_ref.at[block], layout, peers_ref, next_ref).astype(out_ref.dtype)
+
+
+def _sum_row(eps: float, x_ref, part_ref, weight_ref, peers_ref, sum_ref, norm_ref, next_ref):
+    row, layout = lax.axis_index("block"), add_norm.row_layout(x_ref.shape[1])
+    total = add_norm.read(x_ref.at[row], layout) + _sum(part_ref.at[row], layout, peers_ref, next_ref)
+    add_norm.write(total, layout, eps, weight_ref, sum_ref.at[row], norm_ref.at[row])
+
+
+def _sum(part_ref, layout, peers_ref, next_ref):
+    """The sum of what all devices have of this block, [D] float32 in that layout."""
     exchange: Any = plgpu.inline_mgpu(
         arg_types=(layout, plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT),
-        return_type=plgpu.ShapeDtypeStruct((size,), jnp.dtype(jnp.float32), layout=layout),
+        return_type=plgpu.ShapeDtypeStruct(part_ref.shape, jnp.dtype(jnp.float32), layout=layout),
     )
-    own = plgpu.layout_cast(x_ref[block], layout)
-    total = exchange(lambda _, *args: _exchange(num_devices, units, *args))(own, peers_ref, next_ref, block)
-    out_ref[block] = total.astype(dtype)
+    part, num_devices = plgpu.layout_cast(part_ref[...], layout), peers_ref.shape[0] - 2
+    run = exchange(lambda _, *args: _exchange(num_devices, *args))
+    return run(part, peers_ref, next_ref, lax.axis_index("block"))
 
 
-def _exchange(num_devices: int, units: int, x, table_ref, next_ref, block):
-    """Sends this thread's part to everybody, itself included, and adds up what comes, in the order of devices."""
+def _exchange(num_devices: int, x, table_ref, next_ref, block):
+    """Sends this thread's part to all others, and adds up what comes and its own, in the order of devices."""
     i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
 
     def constant(value: int):
@@ -124,23 +160,30 @@ def _exchange(num_devices: int, units: int, x, table_ref, next_ref, block):
     slot = arith.addi(arith.muli(block, constant(_SLOT)), arith.muli(thread, constant(2 * _UNIT)))
     slot = arith.addi(slot, arith.muli(parity, constant(num_devices * BLOCKS * _SLOT)))
     slot = arith.addi(slot, constant(_COUNTER_BYTES))
-    offsets = [2 * _UNIT * _THREADS * unit + half for unit in range(units) for half in (0, _UNIT)]
+    offsets = [2 * _UNIT * _THREADS * unit + half for unit in range(x.registers.size) for half in (0, _UNIT)]
 
     words = []
     for register in x.registers.flat:
         packed = mgpu.utils.bitcast(register, ir.VectorType.get((_WORDS,), i32))
         words += [vector.extract(packed, [], [word]) for word in range(_WORDS)]
     mine = arith.addi(slot, arith.muli(rank, constant(BLOCKS * _SLOT)))
-    for address in addresses:
-        target = arith.addi(address, mine)
-        for first, second, offset in zip(words[::2], words[1::2], offsets, strict=True):
-            line = at(target, offset), first, number, second
-            mgpu.utils.inline_ptx("st.volatile.global.v4.b32 [$0], {$1, $2, $3, $2};", *line)
+    for receiver, address in enumerate(addresses):
+        with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.ne, rank, constant(receiver))):
+            target = arith.addi(address, mine)
+            for first, second, offset in zip(words[::2], words[1::2], offsets, strict=True):
+                line = at(target, offset), first, number, second
+                mgpu.utils.inline_ptx("st.volatile.global.v4.b32 [$0], {$1, $2, $3, $2};", *line)
 
     total = None
     for sender in range(num_devices):
-        source = arith.addi(own, arith.addi(slot, constant(sender * BLOCKS * _SLOT)))
-        part = _as_part(x, _receive([at(source, offset) for offset in offsets], number))
+        is_own = arith.cmpi(arith.CmpIPredicate.eq, rank, constant(sender))
+        choice: Any = scf.IfOp(is_own, [i32] * len(words), has_else=True)
+        with ir.InsertionPoint.at_block_begin(choice.then_block):
+            scf.yield_(words)
+        with ir.InsertionPoint.at_block_begin(choice.else_block):
+            source = arith.addi(own, arith.addi(slot, constant(sender * BLOCKS * _SLOT)))
+            scf.yield_(_receive([at(source, offset) for offset in offsets], number))
+        part = _as_part(x, list(choice.results))
         total = part if total is None else total + part
     # No thread may still have to read the counter.
     mgpu.utils.warpgroup_barrier()
