@@ -15,6 +15,7 @@ import pytest
 
 from jax_engine.batch import Bucket
 from jax_engine.compilation import memory
+from jax_engine.compile_target import compile_step
 from jax_engine.config import EngineConfig, resolve
 from jax_engine.kept_programs import KeptPrograms
 from jax_engine.models import read_config
@@ -118,6 +119,15 @@ def test_sums_over_gpus_are_nodes_of_the_graph_of_a_decode_step(devices, bucket,
     assert all(calls) and len(calls) > 2 * LAYERS + 1
     reports = [file.read_text() for file in tmp_path.glob("all_reduce*.ptxas")]
     assert reports and all("0 bytes spill stores, 0 bytes spill loads" in report for report in reports)
+
+
+def test_a_report_of_a_step_counts_its_sums():
+    whole = read_config(NAMED_SHAPES["llama-3.1-8b"])
+    model = dataclasses.replace(whole, num_hidden_layers=LAYERS, layers=whole.layers[:LAYERS])
+    limits = resolve(EngineConfig(), model, platform="gpu", num_pages=PAGES)
+    program = ModelProgram(model, "bfloat16", open_target("h100:2").devices)
+    report = compile_step(program, Bucket(32, 32, True), limits)
+    assert report.collectives == {"all-gather": 1, "all-reduce": 2 * LAYERS + 1}
 
 
 def test_sums_of_a_step_with_prompts_are_left_to_xla(tmp_path):
