@@ -22,6 +22,7 @@ from jax_engine.models.shapes import NAMED_SHAPES
 from jax_engine.program import ModelProgram, Part
 from jax_engine.targets import open_target
 from pallas_kernels.ragged_paged_attention import Device, Ragged, plan, pool_shape, ragged_paged_attention
+from pallas_kernels.ragged_paged_attention.gpu_tiles import HOPPER
 
 pytestmark = pytest.mark.skipif(
     not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)),
@@ -192,8 +193,8 @@ def test_attention_of_decodes_is_one_kernel(rows, sinks):
 
 
 def _compiled_attention(tokens: int):
-    """A mixed step's attention by itself, of so many tokens and 8 rows."""
-    rows, pages, page_size = 8, 64, 64
+    """A mixed step's attention by itself, of so many tokens and of short rows, so many that none is cut and merged."""
+    rows, pages, page_size = HOPPER.split_rows, 64, 64
     place = jax.sharding.SingleDeviceSharding(open_target("h100").devices[0])
 
     def array(shape, dtype=jnp.int32):

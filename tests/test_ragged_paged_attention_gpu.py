@@ -19,7 +19,7 @@ from pallas_kernels.ragged_paged_attention import (
     xla,
 )
 from pallas_kernels.ragged_paged_attention.cases import Inputs, Mix, Shape, in_8_bits, make_inputs
-from pallas_kernels.ragged_paged_attention.gpu_decode import max_splits, plan_decode
+from pallas_kernels.ragged_paged_attention.gpu_decode import DecodeWork, item_cost, max_splits, plan_decode
 from pallas_kernels.ragged_paged_attention.gpu_prefill import plan_prefill
 from pallas_kernels.ragged_paged_attention.gpu_tiles import HOPPER, INTERPRETED
 
@@ -176,23 +176,42 @@ def test_other_shapes_take_the_fallback():
     _check(Shape(4, 2, 8), Mix(((100, 1), (40, 30)), 40, 4))
 
 
+def _first_items(work: DecodeWork, heads: int) -> list[int]:
+    """The first item of each worker, and how many there are: where one share ends the next begins, without a gap.
+
+    A worker starts at the first item that begins at or after its share's start.
+    """
+    rows, shares = np.asarray(work.rows), np.asarray(work.shares)
+    return [
+        rows[row, 3] * heads + -(-ahead * heads // item_cost(rows[row, 2]))
+        if row < len(rows)
+        else rows[:, 1].sum() * heads
+        for row, ahead in shares
+    ]
+
+
+@pytest.mark.parametrize("heads", [1, 8, 32])
+@pytest.mark.parametrize(("num_rows", "length"), [(1, 100), (1, 768), (1, 8192), (32, 768), (128, 1024)])
+def test_rows_of_one_length_are_shared_out_evenly(num_rows, length, heads):
+    """No worker has two items while another has none, whatever the number of rows and heads."""
+    work = plan_decode(jnp.full(num_rows, length, jnp.int32), 8192, HOPPER)
+    items = np.diff(_first_items(work, heads))
+    assert items.max() == -(-items.sum() // HOPPER.num_workers)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_every_piece_of_every_row_is_done_once(seed):
     rng = np.random.default_rng(seed)
     num_rows, heads = int(rng.integers(1, 300)), int(rng.integers(1, 17))
     lens = rng.integers(0, rng.choice([2, 100, 9000]), num_rows)
     work = plan_decode(jnp.asarray(lens, jnp.int32), 9000, HOPPER)
-    rows, shares = np.asarray(work.rows), np.asarray(work.shares)
+    rows = np.asarray(work.rows)
     most = max_splits(num_rows, -(-9000 // HOPPER.block), HOPPER)
     tiles = -(-lens // HOPPER.block)
     assert ((rows[:, 1] >= 1) & (rows[:, 1] <= most)).all()
     assert ((rows[:, 1] - 1) * rows[:, 2] < np.maximum(tiles, 1)).all(), "a piece without tiles"
     assert (rows[:, 1] * rows[:, 2] >= tiles).all(), "tiles in no piece"
-    # A worker starts at the first item that begins at or after its share's start, so the shares meet without a gap.
-    starts = [
-        rows[row, 3] * heads + -(-ahead * heads // (rows[row, 2] + 1)) if row < num_rows else rows[:, 1].sum() * heads
-        for row, ahead in shares
-    ]
+    starts = _first_items(work, heads)
     assert starts[0] == 0 and starts[-1] == rows[:, 1].sum() * heads
     assert (np.diff(starts) >= 0).all()
     loads = np.diff(starts)

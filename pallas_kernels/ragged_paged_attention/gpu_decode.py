@@ -47,6 +47,9 @@ from pallas_kernels.ragged_paged_attention.implementation import Options
 COMPUTE, MEMORY, CONVERT = 0, 1, 2
 #: Of each thread of the warpgroup that converts; it starts with 168, a third of what there is.
 CONVERT_REGISTERS = 232
+#: Units of cost of a tile under all kv heads. Were there fewer than heads, a share could not begin at every one of
+#: them, and some workers would get several items while others get none.
+_TILE_COST = 64
 
 
 @jax.tree_util.register_dataclass
@@ -57,7 +60,7 @@ class DecodeWork:
     Attributes:
         rows: [D, 4] int32: KV length (0: no decode row), pieces, tiles per piece, pieces of the rows before.
         shares: [workers + 1, 2] int32: where each worker's share starts: row, and how far into the row in units of
-            its pieces' cost, all kv heads together.
+            cost, of which a tile has _TILE_COST, all kv heads together.
     """
 
     rows: jax.Array
@@ -78,14 +81,21 @@ def plan_decode(lens: jax.Array, max_len: int, tiles: Tiles) -> DecodeWork:
     wanted = jnp.maximum(max(tiles.split_rows // num_rows, 1), -(-num_tiles // tiles.max_piece))
     piece = -(-num_tiles // jnp.clip(wanted, 1, most))
     splits = jnp.maximum(-(-num_tiles // jnp.maximum(piece, 1)), 1)
-    cost = splits * (piece + 1)  # what an item costs beside its tiles is worth about one tile
+    cost = splits * item_cost(piece)
     ends = jnp.cumsum(cost)
-    start = ends[-1] * jnp.arange(tiles.num_workers, dtype=jnp.int32) // tiles.num_workers
+    worker = jnp.arange(tiles.num_workers, dtype=jnp.int32)
+    each, rest = ends[-1] // tiles.num_workers, ends[-1] % tiles.num_workers
+    start = each * worker + rest * worker // tiles.num_workers
     row = jnp.searchsorted(ends, start, side="right", method="compare_all").astype(jnp.int32)
     shares = jnp.stack([row, start - (ends - cost)[row]], axis=-1)
     end = jnp.array([[num_rows, 0]], jnp.int32)
     rows = jnp.stack([lens, splits, piece, jnp.cumsum(splits) - splits], axis=-1)
     return DecodeWork(rows.astype(jnp.int32), jnp.concatenate([shares.astype(jnp.int32), end]))
+
+
+def item_cost(piece):
+    """Of a piece of so many tiles; what an item costs beside them is worth about one."""
+    return (piece + 1) * _TILE_COST
 
 
 class _Item(NamedTuple):
@@ -290,7 +300,7 @@ def _for_items(sizes: _Sizes, rows, shares, visit, carry):
         """(row, item within the row, items before it) of the start of a worker's share."""
         row, ahead = shares[worker, 0], shares[worker, 1]
         real = jnp.minimum(row, num_rows - 1)
-        splits, cost, before = rows[real, 1], rows[real, 2] + 1, rows[real, 3]
+        splits, cost, before = rows[real, 1], item_cost(rows[real, 2]), rows[real, 3]
         item = jnp.where(row < num_rows, lax.div(ahead * heads + cost - 1, cost), splits * heads)
         return real, item, before * heads + item, splits * heads
 

@@ -29,7 +29,8 @@ class Tiles:
     Attributes:
         num_workers: thread blocks of a persistent kernel; one fits a multiprocessor.
         block: key positions of a tile of the decode kernel. prefill_block: of the other one.
-        split_rows: below this many decode rows a row is cut so that about this many pieces exist in all.
+        split_rows: below this many decode rows a row is cut so that about this many pieces exist in all; with 8 kv
+            heads, as many models have, then each thread block has one, and no second one waits until it is written.
         max_piece: key tiles of a decode piece at most; longer rows are cut.
         max_splits: most pieces of a row.
         registers: probabilities go from registers into the second product and sums stay in registers, the fast way
@@ -41,7 +42,7 @@ class Tiles:
     num_workers: int = 132
     block: int = 64
     prefill_block: int = 128
-    split_rows: int = 32
+    split_rows: int = 16
     max_piece: int = 32
     max_splits: int = 64
     registers: bool = True
