@@ -23,6 +23,7 @@ from jax_engine.models.shapes import NAMED_SHAPES
 from jax_engine.program import ModelProgram, Part
 from jax_engine.targets import open_target
 from pallas_kernels.ragged_paged_attention import Device, Ragged, plan, pool_shape, ragged_paged_attention
+from pallas_kernels.ragged_paged_attention.gpu_tiles import HOPPER
 
 pytestmark = pytest.mark.skipif(
     not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)),
@@ -171,9 +172,39 @@ def test_products_take_weights_of_8_bits_as_they_are(format, rows):
     assert found >= 5 if rows == 128 else found == 0
 
 
+@pytest.mark.parametrize("rows", [1, 32, 256])
+@pytest.mark.parametrize("sinks", [False, True], ids=["plain", "sinks"])
+def test_attention_of_decodes_is_one_kernel(rows, sinks):
+    """Though rows may be cut: no call needs another kernel, before or after it, that the first one does not."""
+    pages, page_size = 4096, 64
+    place = jax.sharding.SingleDeviceSharding(open_target("h100").devices[0])
+
+    def array(shape, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    q = array((rows, 32, 128), jnp.bfloat16)
+    pool = array(pool_shape(1, pages, page_size, 8, 128, device=Device("gpu")), jnp.bfloat16)
+    ragged = Ragged(array((rows, 128)), array((rows,)), array((rows + 1,)), array(()))
+    by_head = array((32,), jnp.bfloat16) if sinks else None
+
+    def kernels(calls: int) -> int:
+        def attend(q, pool, ragged, sinks):
+            sizes = {"num_tokens": rows, "num_pages": pages, "page_size": page_size}
+            shared = plan(ragged, decode_only=True, device=Device("gpu"), **sizes)
+            for _ in range(calls):
+                q = ragged_paged_attention(q, pool, shared, jnp.int32(0), scale=0.125, sinks=sinks)
+            return q
+
+        text = jax.jit(attend).lower(q, pool, ragged, by_head).compile().as_text()
+        assert text is not None
+        return len(re.findall(r"^ .* (?:fusion|custom-call|copy|while|conditional)\(", text.split("\nENTRY ")[1], re.M))
+
+    assert kernels(3) == kernels(1) + 2
+
+
 def _compiled_attention(tokens: int):
-    """A mixed step's attention by itself, of so many tokens and 8 rows."""
-    rows, pages, page_size = 8, 64, 64
+    """A mixed step's attention by itself, of so many tokens and of short rows, so many that none is cut and merged."""
+    rows, pages, page_size = HOPPER.split_rows, 64, 64
     place = jax.sharding.SingleDeviceSharding(open_target("h100").devices[0])
 
     def array(shape, dtype=jnp.int32):

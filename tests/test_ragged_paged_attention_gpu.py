@@ -19,9 +19,9 @@ from pallas_kernels.ragged_paged_attention import (
     xla,
 )
 from pallas_kernels.ragged_paged_attention.cases import Inputs, Mix, Shape, in_8_bits, make_inputs
-from pallas_kernels.ragged_paged_attention.gpu_decode import max_splits, merge, plan_decode
+from pallas_kernels.ragged_paged_attention.gpu_decode import DecodeWork, item_cost, max_splits, plan_decode
 from pallas_kernels.ragged_paged_attention.gpu_prefill import plan_prefill
-from pallas_kernels.ragged_paged_attention.gpu_tiles import HOPPER
+from pallas_kernels.ragged_paged_attention.gpu_tiles import HOPPER, INTERPRETED
 
 LAYER = 1
 #: Of the whole output, by the norm: rounding of weights, pieces and results, to 8 bits each in bfloat16.
@@ -105,21 +105,20 @@ def test_decode_of_a_window_that_leaves_pieces_empty():
     _check(Shape(2, 1, 64), Mix(((700, 1), (30, 1)), 2, 2), sliding_window=100)
 
 
-@pytest.mark.parametrize("sinks", [None, np.array([0.5, -3.0], np.float32)], ids=["plain", "sinks"])
-def test_merging_takes_the_pieces_that_exist_and_no_others(sinks):
-    rng = np.random.default_rng(0)
-    rows, most, heads, size = 5, 4, 2, 8
-    splits = np.array([1, 4, 2, 3, 1])
-    parts, lse = rng.standard_normal((rows, most, heads, size)), 20 * rng.standard_normal((rows, most, heads))
-    there = np.arange(most) < splits[:, None]
-    parts[~there], lse[~there] = np.nan, np.nan
-    arrays = [jnp.asarray(x, jnp.float32) for x in (parts, lse)]
-    out = np.asarray(merge(*arrays, jnp.asarray(splits), None if sinks is None else jnp.asarray(sinks)))
-    for row in range(rows):
-        weights = np.exp2(lse[row, : splits[row]])
-        total = weights.sum(axis=0) + (0 if sinks is None else np.exp(sinks))
-        wanted = (weights[..., None] * parts[row, : splits[row]]).sum(axis=0) / total[:, None]
-        np.testing.assert_allclose(out[row], wanted, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("shape", [Shape(1, 1, 64), Shape(6, 2, 64), Shape(16, 1, 64)], ids=str)
+def test_every_row_is_cut(shape):
+    """Into five pieces and four; those of 16 query heads are more than one tile when they are merged."""
+    _check(shape, Mix(((300, 1), (200, 1)), 2, 2), sinks=jnp.linspace(-2.0, 3.0, shape.num_heads))
+
+
+def test_no_row_is_cut_though_some_might_be():
+    mix = Mix(((20, 1),) * 32, 32, 32)
+    page_size = 128
+    inputs = make_inputs(Shape(2, 1, 64), mix, page_size=page_size)
+    lens, max_len = inputs.ragged.kv_lens, inputs.ragged.page_table.shape[1] * page_size
+    assert max_splits(len(mix.rows), -(-max_len // INTERPRETED.block), INTERPRETED) > 1
+    assert (plan_decode(lens, max_len, INTERPRETED).rows[:, 1] == 1).all()
+    _check(Shape(2, 1, 64), mix, page_size)
 
 
 @pytest.mark.long
@@ -177,23 +176,42 @@ def test_other_shapes_take_the_fallback():
     _check(Shape(4, 2, 8), Mix(((100, 1), (40, 30)), 40, 4))
 
 
+def _first_items(work: DecodeWork, heads: int) -> list[int]:
+    """The first item of each worker, and how many there are: where one share ends the next begins, without a gap.
+
+    A worker starts at the first item that begins at or after its share's start.
+    """
+    rows, shares = np.asarray(work.rows), np.asarray(work.shares)
+    return [
+        rows[row, 3] * heads + -(-ahead * heads // item_cost(rows[row, 2]))
+        if row < len(rows)
+        else rows[:, 1].sum() * heads
+        for row, ahead in shares
+    ]
+
+
+@pytest.mark.parametrize("heads", [1, 8, 32])
+@pytest.mark.parametrize(("num_rows", "length"), [(1, 100), (1, 768), (1, 8192), (32, 768), (128, 1024)])
+def test_rows_of_one_length_are_shared_out_evenly(num_rows, length, heads):
+    """No worker has two items while another has none, whatever the number of rows and heads."""
+    work = plan_decode(jnp.full(num_rows, length, jnp.int32), 8192, HOPPER)
+    items = np.diff(_first_items(work, heads))
+    assert items.max() == -(-items.sum() // HOPPER.num_workers)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_every_piece_of_every_row_is_done_once(seed):
     rng = np.random.default_rng(seed)
     num_rows, heads = int(rng.integers(1, 300)), int(rng.integers(1, 17))
     lens = rng.integers(0, rng.choice([2, 100, 9000]), num_rows)
     work = plan_decode(jnp.asarray(lens, jnp.int32), 9000, HOPPER)
-    rows, shares = np.asarray(work.rows), np.asarray(work.shares)
+    rows = np.asarray(work.rows)
     most = max_splits(num_rows, -(-9000 // HOPPER.block), HOPPER)
     tiles = -(-lens // HOPPER.block)
     assert ((rows[:, 1] >= 1) & (rows[:, 1] <= most)).all()
     assert ((rows[:, 1] - 1) * rows[:, 2] < np.maximum(tiles, 1)).all(), "a piece without tiles"
     assert (rows[:, 1] * rows[:, 2] >= tiles).all(), "tiles in no piece"
-    # A worker starts at the first item that begins at or after its share's start, so the shares meet without a gap.
-    starts = [
-        rows[row, 3] * heads + -(-ahead * heads // (rows[row, 2] + 1)) if row < num_rows else rows[:, 1].sum() * heads
-        for row, ahead in shares
-    ]
+    starts = _first_items(work, heads)
     assert starts[0] == 0 and starts[-1] == rows[:, 1].sum() * heads
     assert (np.diff(starts) >= 0).all()
     loads = np.diff(starts)

@@ -23,7 +23,6 @@ Called by api.py only. A token's result depends on nothing but the token and com
 # pyright: reportPrivateImportUsage=false, reportAbstractUsage=false
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,8 +30,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.gpu_counters import add_to, wait_for_count
 
 COMPUTE, WEIGHTS, INPUTS = 0, 1, 2
 #: Rows of a matrix instruction.
@@ -390,46 +390,26 @@ def _compute(sizes: _Sizes, arrays: _Arrays, memory: _Shared):
 def _tell(sizes: _Sizes, arrays: _Arrays, memory: _Shared, when: int):
     """Lets those who fetch inputs know that this worker has made its share of them."""
     if not sizes.tiles.alone:
-        _count(arrays.counters.at[when], 1)
+        add_to(arrays.counters.at[when], 1)
     plgpu.barrier_arrive(memory.made)
 
 
 def _wait_for_all(sizes: _Sizes, arrays: _Arrays, when: int):
     if not sizes.tiles.alone:
-        _wait_for_count(arrays.counters.at[when], sizes.tiles.num_workers)
+        wait_for_count(arrays.counters.at[when], sizes.tiles.num_workers)
 
 
 def _reset(sizes: _Sizes, arrays: _Arrays):
     """Sets the counters to zero again, for whoever gets them next, as soon as nobody waits for them any more."""
     if sizes.tiles.alone:
         return
-    _count(arrays.counters.at[_PASSED], 1)
+    add_to(arrays.counters.at[_PASSED], 1)
 
     @pl.when(lax.axis_index("worker") == 0)
     def _():
         _wait_for_all(sizes, arrays, _PASSED)
         for when in (_NORMALISED, _GATED, _PASSED):
-            _count(arrays.counters.at[when], -sizes.tiles.num_workers)
-
-
-def _count(counter, by: int):
-    """Adds to a counter, after all that this warpgroup has written."""
-
-    def add(semaphore):
-        mgpu.utils.warpgroup_barrier()
-        semaphore.signal(by % 2**32, memory_scope="gpu")
-
-    _with_semaphore(counter, add)
-
-
-def _wait_for_count(counter, count: int):
-    _with_semaphore(counter, lambda semaphore: semaphore.wait(count, decrement=False, memory_scope="gpu"))
-
-
-def _with_semaphore(counter, act: Callable[[Any], None]):
-    """Takes a counter for a semaphore: Pallas's own are zeroed by a kernel before each call."""
-    wrap: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-    wrap(lambda _, ref: act(mgpu.utils.SemaphoreRef(mgpu.utils.memref_ptr(ref))))(counter)
+            add_to(arrays.counters.at[when], -sizes.tiles.num_workers)
 
 
 def _multiply(sizes: _Sizes, product: Product, count: int, memory: _Shared, done: _Done):

@@ -8,6 +8,8 @@ matrix instruction; the kernel is bound by memory, so the padding is free.
 
 Tiles of a pool of 8 bits pass through a third warpgroup, which converts them into a second pair of buffers.
 
+Who finishes the last piece of a row, as a counter tells, merges all of them in their order: no bit depends on whom.
+
 Called by gpu.py only. How a row is cut depends on its own length and on compiled sizes, never on its neighbours.
 """
 
@@ -24,6 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.gpu_counters import is_last
 from pallas_kernels.ragged_paged_attention.gpu_tiles import (
     LOG2E,
     MASKED,
@@ -44,6 +47,9 @@ from pallas_kernels.ragged_paged_attention.implementation import Options
 COMPUTE, MEMORY, CONVERT = 0, 1, 2
 #: Of each thread of the warpgroup that converts; it starts with 168, a third of what there is.
 CONVERT_REGISTERS = 232
+#: Units of cost of a tile under all kv heads. Were there fewer than heads, a share could not begin at every one of
+#: them, and some workers would get several items while others get none.
+_TILE_COST = 64
 
 
 @jax.tree_util.register_dataclass
@@ -54,7 +60,7 @@ class DecodeWork:
     Attributes:
         rows: [D, 4] int32: KV length (0: no decode row), pieces, tiles per piece, pieces of the rows before.
         shares: [workers + 1, 2] int32: where each worker's share starts: row, and how far into the row in units of
-            its pieces' cost, all kv heads together.
+            cost, of which a tile has _TILE_COST, all kv heads together.
     """
 
     rows: jax.Array
@@ -75,14 +81,21 @@ def plan_decode(lens: jax.Array, max_len: int, tiles: Tiles) -> DecodeWork:
     wanted = jnp.maximum(max(tiles.split_rows // num_rows, 1), -(-num_tiles // tiles.max_piece))
     piece = -(-num_tiles // jnp.clip(wanted, 1, most))
     splits = jnp.maximum(-(-num_tiles // jnp.maximum(piece, 1)), 1)
-    cost = splits * (piece + 1)  # what an item costs beside its tiles is worth about one tile
+    cost = splits * item_cost(piece)
     ends = jnp.cumsum(cost)
-    start = ends[-1] * jnp.arange(tiles.num_workers, dtype=jnp.int32) // tiles.num_workers
+    worker = jnp.arange(tiles.num_workers, dtype=jnp.int32)
+    each, rest = ends[-1] // tiles.num_workers, ends[-1] % tiles.num_workers
+    start = each * worker + rest * worker // tiles.num_workers
     row = jnp.searchsorted(ends, start, side="right", method="compare_all").astype(jnp.int32)
     shares = jnp.stack([row, start - (ends - cost)[row]], axis=-1)
     end = jnp.array([[num_rows, 0]], jnp.int32)
     rows = jnp.stack([lens, splits, piece, jnp.cumsum(splits) - splits], axis=-1)
     return DecodeWork(rows.astype(jnp.int32), jnp.concatenate([shares.astype(jnp.int32), end]))
+
+
+def item_cost(piece):
+    """Of a piece of so many tiles; what an item costs beside them is worth about one."""
+    return (piece + 1) * _TILE_COST
 
 
 class _Item(NamedTuple):
@@ -108,13 +121,14 @@ class _Sizes:
     max_splits: int
     dtype: Any
     pool_dtype: Any
+    out_dtype: Any
     options: Options
     tiles: Tiles
 
     @property
     def padded_group(self) -> int:
-        """Query heads per kv head, rounded up to the rows of a shared-memory tile."""
-        return -(-self.group // 8) * 8
+        """Query heads per kv head, rounded up to the 16 bytes that the copy engine moves of a float32 for each."""
+        return -(-self.group // 4) * 4
 
     @property
     def staged_rows(self) -> int:
@@ -151,14 +165,20 @@ def decode(
     most = max_splits(num_rows, -(-table.shape[1] * page_size // tiles.block), tiles)
     dtype = product_dtype(q.dtype, pool.dtype)
     sizes = _Sizes(
-        num_kv_heads, group, head_dim, page_size, most, dtype, pool.dtype, options._replace(sinks=None), tiles
+        num_kv_heads, group, head_dim, page_size, most, dtype, pool.dtype, q.dtype, options._replace(sinks=None), tiles
     )
-    pieces = num_rows * most
+    sinks = options.sinks
+    if sinks is not None:  # the copy engine moves whole 16 bytes
+        sinks = jnp.pad(sinks, (0, -num_heads % 8))
+    # Read in whole tiles, the last one as well.
+    part_rows = num_rows * num_kv_heads * most * sizes.padded_group + WARPGROUP_ROWS
+    cut = most > 1
     run = plgpu.kernel(
         functools.partial(_entry, sizes),
         out_type=(
-            jax.ShapeDtypeStruct((pieces, num_heads, head_dim), dtype),
-            jax.ShapeDtypeStruct((pieces, num_kv_heads, sizes.padded_group), jnp.float32),
+            jax.ShapeDtypeStruct((num_rows, num_heads, head_dim), dtype),
+            jax.ShapeDtypeStruct((part_rows, head_dim), dtype) if cut else None,
+            jax.ShapeDtypeStruct((part_rows,), jnp.float32) if cut else None,
         ),
         kernel_name="attention_decode",
         grid=(tiles.num_workers,),
@@ -168,36 +188,35 @@ def decode(
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
     first = jnp.reshape(first_page, (1,)).astype(jnp.int32)
-    parts, lse = run(q.astype(dtype), pool, table, work.rows, work.shares, first)
-    if most == 1 and options.sinks is None:
-        return parts.astype(q.dtype)
-    lse = lse[..., :group].reshape(num_rows, most, num_heads)
-    merged = merge(parts.reshape(num_rows, most, num_heads, head_dim), lse, work.rows[:, 1], options.sinks)
-    return merged.astype(q.dtype)
+    counters = jnp.zeros(num_rows * num_kv_heads, jnp.int32) if cut else None
+    out, *_ = run(q.astype(dtype), pool, table, work.rows, work.shares, first, sinks, counters)
+    return lax.bitcast_convert_type(out, q.dtype)
 
 
-def merge(parts, lse, splits, sinks):
-    """The rows' results from those of their pieces [D, S, N, H]; lse [D, S, N] is in base 2.
+class _Arrays(NamedTuple):
+    """Arrays in device memory.
 
-    Written piece by piece, without sums over an axis, so that XLA makes two small kernels of it.
+    Given: those of `decode`, and counters [D * K] int32, how many pieces of a row are done under a kv head. Made: out
+    [D, N, H], bits of the queries' dtype. In between, where rows may be cut: of each (row, kv head, piece), one after
+    the other, the results of its query heads in parts [., H] and the base-2 logarithms of their weights in lse [.].
     """
-    rows, most = lse.shape[:2]
-    # A piece that is not there weighs nothing; in its place the last one is read, again and so from the cache.
-    there = [jnp.minimum(piece, splits - 1) for piece in range(most)]
-    parts = [parts[jnp.arange(rows), piece].astype(jnp.float32) for piece in there]
-    real = [(piece < splits)[:, None] for piece in range(most)]
-    lse = [jnp.where(real[piece], lse[:, piece], MASKED)[..., None] for piece in range(most)]
-    top = functools.reduce(jnp.maximum, lse)
-    weights = [jnp.exp2(piece - top) for piece in lse]
-    total = functools.reduce(jnp.add, weights)
-    if sinks is not None:
-        total = total + jnp.exp2(sinks.astype(jnp.float32)[:, None] * LOG2E - top)
-    merged = functools.reduce(jnp.add, [part * weight for part, weight in zip(parts, weights, strict=True)])
-    return merged / jnp.where(total > 0, total, 1)
+
+    q: Any
+    pool: Any
+    table: Any
+    rows: Any
+    shares: Any
+    first_page: Any
+    sinks: Any
+    counters: Any
+    out: Any
+    parts: Any
+    lse: Any
 
 
 def _entry(sizes: _Sizes, *refs):
     """Allocates shared memory and barriers, then runs the warpgroups."""
+    arrays = _Arrays(*refs)
     rows, block, width = WARPGROUP_ROWS, sizes.tiles.block, sizes.head_dim
     layout = transforms(width)
     copies = max(block // sizes.page_size, 1)
@@ -212,10 +231,10 @@ def _entry(sizes: _Sizes, *refs):
     def run(fetched, own, *scratch):
         memory = _Shared(fetched, own or fetched, *scratch)
         warpgroup = lax.axis_index("warpgroup")
-        pl.when(warpgroup == MEMORY)(lambda: _fetch(sizes, refs, memory))
-        pl.when(warpgroup == COMPUTE)(lambda: _compute(sizes, refs, memory))
+        pl.when(warpgroup == MEMORY)(lambda: _fetch(sizes, arrays, memory))
+        pl.when(warpgroup == COMPUTE)(lambda: _compute(sizes, arrays, memory))
         if sizes.converts:
-            pl.when(warpgroup == CONVERT)(lambda: _convert(sizes, refs, memory))
+            pl.when(warpgroup == CONVERT)(lambda: _convert(sizes, arrays, memory))
 
     pl.run_scoped(
         run,
@@ -226,8 +245,10 @@ def _entry(sizes: _Sizes, *refs):
         plgpu.SMEM((rows, width), sizes.dtype),
         plgpu.SMEM((rows,), jnp.float32),
         plgpu.SMEM((p_rows, block), sizes.dtype, transforms=transforms(block)),
+        None if arrays.sinks is None else plgpu.SMEM((arrays.sinks.shape[0] + rows,), arrays.sinks.dtype),
         plgpu.Barrier(),
         plgpu.Barrier(),
+        plgpu.Barrier(num_arrivals=2),
         collective_axes="warpgroup",
     )
 
@@ -252,7 +273,8 @@ class _Shared(NamedTuple):
 
     The copy engine fills `fetched`; the compute warpgroup reads `tiles`, which are the same ones unless the pool's type
     has to be converted. Queries come into `staging`: the copy engine writes the tensor cores' layout only by eight rows
-    at multiples of eight, and the query heads of a kv head may be any number.
+    at multiples of eight, and the query heads of a kv head may be any number. Pieces that are merged come into `q`, the
+    logarithms of their weights into `lse`; `loaded` hands over these, and before the first item the sinks.
     """
 
     fetched: _Tiles
@@ -262,8 +284,10 @@ class _Shared(NamedTuple):
     out: Any
     lse: Any
     p: Any
+    sinks: Any
     q_full: Any
     q_free: Any
+    loaded: Any
 
 
 def _for_items(sizes: _Sizes, rows, shares, visit, carry):
@@ -276,7 +300,7 @@ def _for_items(sizes: _Sizes, rows, shares, visit, carry):
         """(row, item within the row, items before it) of the start of a worker's share."""
         row, ahead = shares[worker, 0], shares[worker, 1]
         real = jnp.minimum(row, num_rows - 1)
-        splits, cost, before = rows[real, 1], rows[real, 2] + 1, rows[real, 3]
+        splits, cost, before = rows[real, 1], item_cost(rows[real, 2]), rows[real, 3]
         item = jnp.where(row < num_rows, lax.div(ahead * heads + cost - 1, cost), splits * heads)
         return real, item, before * heads + item, splits * heads
 
@@ -300,12 +324,11 @@ def _for_items(sizes: _Sizes, rows, shares, visit, carry):
     return lax.fori_loop(0, last - first, body, (row, item, carry))[2]
 
 
-def _fetch(sizes: _Sizes, refs, memory: _Shared):
+def _fetch(sizes: _Sizes, arrays: _Arrays, memory: _Shared):
     """The memory warpgroup: queries and key and value tiles of all items, as fast as buffers come free."""
     plgpu.set_max_registers(40, action="decrease")
-    q_ref, pool_ref, table_ref, rows_ref, shares_ref, first_ref = refs[:6]
     block, page_size, stages, tiles = sizes.tiles.block, sizes.page_size, sizes.fetched_stages, memory.fetched
-    first_page = first_ref[0]
+    first_page = arrays.first_page[0]
     size = min(block, page_size)
 
     def load(row, head, last_page, tile, step):
@@ -320,16 +343,20 @@ def _fetch(sizes: _Sizes, refs, memory: _Shared):
             position = tile * block + part * size
             # Past the row's last page that page is read again, from the cache: the barrier counts copies.
             index = jnp.minimum(lax.div(position, jnp.int32(page_size)), last_page)
-            page = first_page + table_ref[row, index]
+            page = first_page + arrays.table[row, index]
             inside = pl.ds(lax.rem(position, jnp.int32(page_size)), size) if size < page_size else slice(None)
             here = pl.ds(part * size, size)
-            plgpu.copy_gmem_to_smem(pool_ref.at[page, head, 0, inside], tiles.k.at[stage, here], tiles.k_full.at[stage])
-            plgpu.copy_gmem_to_smem(pool_ref.at[page, head, 1, inside], tiles.v.at[stage, here], tiles.v_full.at[stage])
+            plgpu.copy_gmem_to_smem(
+                arrays.pool.at[page, head, 0, inside], tiles.k.at[stage, here], tiles.k_full.at[stage]
+            )
+            plgpu.copy_gmem_to_smem(
+                arrays.pool.at[page, head, 1, inside], tiles.v.at[stage, here], tiles.v_full.at[stage]
+            )
         return step + 1
 
     def visit(index, item, carry):
         pl.when(index > 0)(lambda: plgpu.barrier_wait(memory.q_free))
-        source = q_ref.at[item.row, pl.ds(item.head * sizes.group, sizes.group)]
+        source = arrays.q.at[item.row, pl.ds(item.head * sizes.group, sizes.group)]
         plgpu.copy_gmem_to_smem(source, memory.staging.at[pl.ds(0, sizes.group)], memory.q_full)
         last_page = lax.div(item.length - 1, jnp.int32(page_size))
         step = lax.fori_loop(
@@ -337,7 +364,7 @@ def _fetch(sizes: _Sizes, refs, memory: _Shared):
         )
         return step, index + 1
 
-    steps, items = _for_items(sizes, rows_ref, shares_ref, visit, (jnp.int32(0), jnp.int32(0)))
+    steps, items = _for_items(sizes, arrays.rows, arrays.shares, visit, (jnp.int32(0), jnp.int32(0)))
 
     # Nobody may leave while arrivals are outstanding.
     @pl.loop(jnp.maximum(steps - stages, 0), steps)
@@ -349,10 +376,9 @@ def _fetch(sizes: _Sizes, refs, memory: _Shared):
     pl.when(items > 0)(lambda: plgpu.barrier_wait(memory.q_free))
 
 
-def _convert(sizes: _Sizes, refs, memory: _Shared):
+def _convert(sizes: _Sizes, arrays: _Arrays, memory: _Shared):
     """The third warpgroup: 8-bit tiles to the tensor cores' type."""
     plgpu.set_max_registers(CONVERT_REGISTERS, action="increase")
-    rows_ref, shares_ref = refs[3:5]
     source, target = memory.fetched, memory.tiles
     shape = (sizes.tiles.block, sizes.head_dim)
     layout = plgpu.Layout.SMEM_GMEM_COPY(shape, sizes.dtype, swizzle(sizes.head_dim))
@@ -372,7 +398,7 @@ def _convert(sizes: _Sizes, refs, memory: _Shared):
     def visit(_, item, step):
         return lax.fori_loop(item.begin, item.end, convert, step)
 
-    steps = _for_items(sizes, rows_ref, shares_ref, visit, jnp.int32(0))
+    steps = _for_items(sizes, arrays.rows, arrays.shares, visit, jnp.int32(0))
 
     # Nobody may leave while arrivals are outstanding.
     @pl.loop(jnp.maximum(steps - sizes.stages, 0), steps)
@@ -382,14 +408,15 @@ def _convert(sizes: _Sizes, refs, memory: _Shared):
         plgpu.barrier_wait(target.v_free.at[stage])
 
 
-def _compute(sizes: _Sizes, refs, memory: _Shared):
+def _compute(sizes: _Sizes, arrays: _Arrays, memory: _Shared):
     """The compute warpgroup: online softmax over each item's tiles, then its result to device memory."""
     plgpu.set_max_registers(232, action="increase")
-    *_, rows_ref, shares_ref, _, parts_ref, lse_ref = refs
     rows, width = WARPGROUP_ROWS, sizes.head_dim
     # What rows past the group hold does not matter: what comes of them is never stored.
     memory.q[...] = plgpu.layout_cast(jnp.zeros((rows, width), sizes.dtype), plgpu.Layout.WGMMA)
     own = pl.ds(0, sizes.staged_rows)
+    if arrays.sinks is not None:
+        _load_sinks(arrays, memory)
     copying = plgpu.Layout.SMEM_GMEM_COPY((sizes.staged_rows, width), sizes.dtype, swizzle(width))
 
     def visit(index, item, step):
@@ -407,10 +434,11 @@ def _compute(sizes: _Sizes, refs, memory: _Shared):
             lambda tile, carry: _attend_tile(sizes, memory, item.length, tile, carry),
             (acc, top, total, step),
         )
-        _store(sizes, memory, item, acc, top, total, parts_ref, lse_ref)
+        top = jnp.where(total > 0, top * exponent(sizes.options), MASKED)
+        _finish(sizes, arrays, memory, item, _Sum(acc, top, total))
         return step
 
-    _for_items(sizes, rows_ref, shares_ref, visit, jnp.int32(0))
+    _for_items(sizes, arrays.rows, arrays.shares, visit, jnp.int32(0))
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -432,7 +460,7 @@ def _attend_tile(sizes: _Sizes, memory: _Shared, length, tile, carry):
     seen = key < length
     if options.sliding_window is not None:
         seen = seen & (key >= length - options.sliding_window)
-    weights, factor, top, total = update_softmax(jnp.where(seen, scores, MASKED), top, total, options)
+    weights, factor, top, total = update_softmax(jnp.where(seen, scores, MASKED), top, total, exponent(options))
     acc = acc * lax.broadcast_in_dim(factor, acc.shape, [0])
     plgpu.barrier_wait(tiles.v_full.at[stage])
     pl.when((tile + 1) * block > length)(lambda: clear_unwritten(tiles.v.at[stage], length - tile * block))
@@ -441,15 +469,115 @@ def _attend_tile(sizes: _Sizes, memory: _Shared, length, tile, carry):
     return acc, top, total, step + 1
 
 
-def _store(sizes: _Sizes, memory: _Shared, item: _Item, acc, top, total, parts_ref, lse_ref):
-    """Writes an item's result, and the logarithm of what its weights sum to."""
-    group = sizes.group
-    inverse = jnp.where(total > 0, 1.0 / jnp.maximum(total, 1e-30), 0.0)
+class _Sum(NamedTuple):
+    """Values summed by weight [rows, H], the largest base-2 logarithm of a weight [rows], and what the weights sum to
+    in units of the largest [rows]; float32."""
+
+    acc: Any
+    top: Any
+    total: Any
+
+    def mean(self):
+        """The weighted mean; zero where there is no weight."""
+        inverse = jnp.where(self.total > 0, 1.0 / jnp.maximum(self.total, 1e-30), 0.0)
+        return self.acc * lax.broadcast_in_dim(inverse, self.acc.shape, [0])
+
+    def lse(self):
+        """Base-2 logarithms of what the weights sum to."""
+        return jnp.where(self.total > 0, self.top + jnp.log2(jnp.maximum(self.total, 1e-30)), MASKED)
+
+
+def _finish(sizes: _Sizes, arrays: _Arrays, memory: _Shared, item: _Item, result: _Sum):
+    """Writes an item's result, and if it is the last of several that a row has under a kv head, the row's."""
+    if sizes.max_splits == 1:
+        _write(sizes, arrays, memory, item, result)
+        return
+    pl.when(item.splits == 1)(lambda: _write(sizes, arrays, memory, item, result))
+
+    @pl.when(item.splits > 1)
+    def _():
+        _write_part(sizes, arrays, memory, item, result)
+        plgpu.wait_smem_to_gmem(0)
+        if sizes.tiles.in_order:
+            last = item.split == item.splits - 1
+        else:
+            last = is_last(arrays.counters.at[item.row * sizes.num_kv_heads + item.head], item.splits - 1)
+        pl.when(last)(lambda: _write(sizes, arrays, memory, item, _merge(sizes, arrays, memory, item)))
+
+
+def _write(sizes: _Sizes, arrays: _Arrays, memory: _Shared, item: _Item, result: _Sum):
+    """Writes a row's result under a kv head."""
+    heads = pl.ds(item.head * sizes.group, sizes.group)
+    if arrays.sinks is not None:
+        mine = memory.sinks.at[pl.ds(item.head * sizes.group, WARPGROUP_ROWS)]
+        sink = plgpu.load(mine, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False).astype(jnp.float32)
+        weight = jnp.where(result.total > 0, jnp.exp2(sink * LOG2E - result.top), 0.0)
+        result = result._replace(total=result.total + weight)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the item before
-    memory.out[...] = (acc * lax.broadcast_in_dim(inverse, acc.shape, [0])).astype(sizes.dtype)
-    memory.lse[...] = jnp.where(total > 0, top * exponent(sizes.options) + jnp.log2(jnp.maximum(total, 1e-30)), MASKED)
+    memory.out[...] = lax.bitcast_convert_type(result.mean().astype(sizes.out_dtype), sizes.dtype)
     plgpu.commit_smem()
-    piece = item.row * sizes.max_splits + item.split
-    source = memory.out.at[pl.ds(0, group)]
-    plgpu.copy_smem_to_gmem(source, parts_ref.at[piece, pl.ds(item.head * group, group)])
-    plgpu.copy_smem_to_gmem(memory.lse.at[pl.ds(0, sizes.padded_group)], lse_ref.at[piece, item.head])
+    plgpu.copy_smem_to_gmem(memory.out.at[pl.ds(0, sizes.group)], arrays.out.at[item.row, heads])
+
+
+def _write_part(sizes: _Sizes, arrays: _Arrays, memory: _Shared, item: _Item, result: _Sum):
+    """Writes the result of one of several pieces."""
+    mean = result.mean()
+    if sizes.padded_group > sizes.group:  # whoever merges multiplies the rest by zero, which must not be NaN
+        row = plgpu.broadcasted_iota(jnp.int32, mean.shape, 0, layout=plgpu.Layout.WGMMA)
+        mean = jnp.where(row < sizes.group, mean, 0.0)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the item before
+    memory.out[...] = mean.astype(sizes.dtype)
+    memory.lse[...] = result.lse()
+    plgpu.commit_smem()
+    mine, here = pl.ds(0, sizes.padded_group), pl.ds(_first_part(sizes, item, item.split), sizes.padded_group)
+    plgpu.copy_smem_to_gmem(memory.out.at[mine], arrays.parts.at[here])
+    plgpu.copy_smem_to_gmem(memory.lse.at[mine], arrays.lse.at[here])
+
+
+def _first_part(sizes: _Sizes, item: _Item, split):
+    """Where the rows of a piece begin in `parts` and `lse`."""
+    return ((item.row * sizes.num_kv_heads + item.head) * sizes.max_splits + split) * sizes.padded_group
+
+
+def _merge(sizes: _Sizes, arrays: _Arrays, memory: _Shared, item: _Item) -> _Sum:
+    """A row's sum under a kv head from the results of its pieces, in their order.
+
+    This is attention once more: results are the values, and the logarithms of what their weights sum to the scores, of
+    a query head on its own pieces only. Weights are multiplied in two parts, so that they are as good as float32.
+    """
+    rows, group, shape = WARPGROUP_ROWS, sizes.padded_group, (WARPGROUP_ROWS, WARPGROUP_ROWS)
+    of_row, of_column = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+    count, first = item.splits * group, _first_part(sizes, item, 0)
+
+    def add(tile, carry):
+        here, left = pl.ds(first + tile * rows, rows), count - tile * rows
+        plgpu.commit_smem()  # nobody reads the tile before any more
+        plgpu.copy_gmem_to_smem(arrays.parts.at[here], memory.q, memory.loaded)
+        plgpu.copy_gmem_to_smem(arrays.lse.at[here], memory.lse, memory.loaded)
+        plgpu.barrier_wait(memory.loaded)
+        lse = plgpu.load(memory.lse, layout=of_column, optimized=False)
+        head, part = (plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1))
+        own = (lax.rem(part, jnp.int32(group)) == head) & (part < left)
+        scores = jnp.where(own, lax.broadcast_in_dim(lse, shape, [1]), MASKED)
+        weights, factor, top, total = update_softmax(scores, carry.top, carry.total, 1.0)
+        acc = carry.acc * lax.broadcast_in_dim(factor, carry.acc.shape, [0])
+        pl.when(left < rows)(lambda: clear_unwritten(memory.q, left))
+        high = weights.astype(sizes.dtype)
+        low = (weights - high.astype(jnp.float32)).astype(sizes.dtype)
+        for portion in (high, low):
+            acc = add_values(acc, portion, memory.q, memory.p, sizes.tiles.registers)
+        return _Sum(acc, top, total)
+
+    nothing = _Sum(
+        plgpu.layout_cast(jnp.zeros((rows, sizes.head_dim), jnp.float32), plgpu.Layout.WGMMA),
+        plgpu.layout_cast(jnp.full((rows,), MASKED, jnp.float32), of_row),
+        plgpu.layout_cast(jnp.zeros((rows,), jnp.float32), of_row),
+    )
+    return lax.fori_loop(0, lax.div(count + rows - 1, jnp.int32(rows)), add, nothing)
+
+
+def _load_sinks(arrays: _Arrays, memory: _Shared):
+    """Fetches the sinks of all query heads."""
+    plgpu.copy_gmem_to_smem(arrays.sinks, memory.sinks.at[pl.ds(0, arrays.sinks.shape[0])], memory.loaded)
+    plgpu.barrier_arrive(memory.loaded)
+    plgpu.barrier_wait(memory.loaded)

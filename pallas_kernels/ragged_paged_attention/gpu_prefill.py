@@ -360,7 +360,7 @@ def _attend_tile(sizes: _Sizes, memory: _Shared, warpgroup, item: _Item, positio
         if options.sliding_window is not None:
             seen = seen & (key > query - options.sliding_window)
         scores = jnp.where(seen, scores, MASKED)
-    weights, factor, top, total = update_softmax(scores, top, total, options)
+    weights, factor, top, total = update_softmax(scores, top, total, exponent(options))
     acc = acc * lax.broadcast_in_dim(factor, acc.shape, [0])
     weights = weights.astype(sizes.dtype)
     acc, top, total, weights = lax.optimization_barrier((acc, top, total, weights))

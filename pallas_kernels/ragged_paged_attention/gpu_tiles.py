@@ -29,25 +29,29 @@ class Tiles:
     Attributes:
         num_workers: thread blocks of a persistent kernel; one fits a multiprocessor.
         block: key positions of a tile of the decode kernel. prefill_block: of the other one.
-        split_rows: below this many decode rows a row is cut so that about this many pieces exist in all.
+        split_rows: below this many decode rows a row is cut so that about this many pieces exist in all; with 8 kv
+            heads, as many models have, then each thread block has one, and no second one waits until it is written.
         max_piece: key tiles of a decode piece at most; longer rows are cut.
         max_splits: most pieces of a row.
         registers: probabilities go from registers into the second product and sums stay in registers, the fast way
             that the interpreter cannot run; otherwise through shared memory.
+        in_order: thread blocks run one after the other, as in the interpreter, which knows no counters in device
+            memory; otherwise all at once.
     """
 
     num_workers: int = 132
     block: int = 64
     prefill_block: int = 128
-    split_rows: int = 32
+    split_rows: int = 16
     max_piece: int = 32
     max_splits: int = 64
     registers: bool = True
+    in_order: bool = False
 
 
 HOPPER = Tiles()
 #: The same programs in a form GPU interpret mode can run, small enough that it ends soon.
-INTERPRETED = Tiles(num_workers=2, prefill_block=64, registers=False)
+INTERPRETED = Tiles(num_workers=2, prefill_block=64, registers=False, in_order=True)
 
 
 def swizzle(head_dim: int) -> int:
@@ -98,19 +102,18 @@ def exponent(options: Options) -> float:
     return LOG2E * (options.scale if options.logits_soft_cap is None else options.logits_soft_cap)
 
 
-def update_softmax(scores, top, total, options: Options):
+def update_softmax(scores, top, total, scale: float):
     """Weights of a tile's scores, the factor of what was summed before, and the new statistics.
 
-    top is the largest score so far. Scores are multiplied here and nowhere before, masked or not: the compiler makes
-    one instruction of the product and the difference, which rounds once, and where a mask came between them it could
-    not, so that a token's bits would depend on where its block of queries begins.
+    top is the largest score so far; times `scale` scores are in base 2. They are multiplied here and nowhere before,
+    masked or not: the compiler makes one instruction of the product and the difference, which rounds once, and where a
+    mask came between them it could not, so that a token's bits would depend on where its block of queries begins.
     """
-    factor = exponent(options)
     new_top = jnp.maximum(top, scores.max(axis=1))
     # A row that has seen nothing yet: the difference of two numbers so large would not be zero.
-    least = jnp.where(new_top > MASKED, new_top * factor, 0.0)
-    weights = jnp.exp2(scores * factor - lax.broadcast_in_dim(least, scores.shape, [0]))
-    rescale = jnp.exp2((top - new_top) * factor)
+    least = jnp.where(new_top > MASKED, new_top * scale, 0.0)
+    weights = jnp.exp2(scores * scale - lax.broadcast_in_dim(least, scores.shape, [0]))
+    rescale = jnp.exp2((top - new_top) * scale)
     return weights, rescale, new_top, total * rescale + weights.sum(axis=1)
 
 
