@@ -17,11 +17,19 @@ from jax_engine.layers.parallel import is_split
 from pallas_kernels import block_tail
 
 
-def takes(attention: nnx.Module, norm: nnx.Module, mlp: nnx.Module, tokens: int, context: StepContext) -> bool:
-    """Whether the kernel does what these layers do one after the other, and faster."""
+def is_plain(attention: nnx.Module, norm: nnx.Module, mlp: nnx.Module) -> bool:
+    """Whether nothing is done with what attention and a gated feed-forward give, but that it is added up and normed."""
     if not (type(attention) is Attention and type(norm) is RMSNorm and type(mlp) is GatedMLP):
         return False
-    if hasattr(attention, "output_bias") or norm.unit_offset or mlp.bias or mlp.activation != "silu":
+    return not (hasattr(attention, "output_bias") or norm.unit_offset or mlp.bias)
+
+
+def takes(attention: nnx.Module, norm: nnx.Module, mlp: nnx.Module, tokens: int, context: StepContext) -> bool:
+    """Whether the kernel does what these layers do one after the other, and faster."""
+    if not is_plain(attention, norm, mlp):
+        return False
+    assert isinstance(attention, Attention) and isinstance(mlp, GatedMLP)
+    if mlp.activation != "silu":
         return False
     if not all(map(_is_whole_array, (attention.output, mlp.gate_up, mlp.down))):
         return False

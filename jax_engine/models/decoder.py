@@ -67,7 +67,7 @@ class DecoderLayer(nnx.Module):
             assert isinstance(self.attention, Attention) and isinstance(self.mlp, GatedMLP)
             heads, cache = self.attention.attend(normed, cache, context, place)
             return Residual(*block_tail.apply(self.attention, self.post_norm, self.mlp, heads, total, context)), cache
-        if self.residual_multiplier == 1 and leaves_parts(total) and _are_plain(*tail):
+        if self.residual_multiplier == 1 and leaves_parts(total) and block_tail.is_plain(*tail):
             assert isinstance(self.attention, Attention) and isinstance(self.mlp, GatedMLP)
             heads, cache = self.attention.attend(normed, cache, context, place)
             part = matmul_part(heads, self.attention.output)
@@ -79,13 +79,6 @@ class DecoderLayer(nnx.Module):
 
     def _scaled(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
         return x if self.residual_multiplier == 1 else x * self.residual_multiplier
-
-
-def _are_plain(attention: nnx.Module, norm: nnx.Module, mlp: nnx.Module) -> bool:
-    """Whether nothing is done with what attention and feed-forward give, but that it is added up and normed."""
-    if not (type(attention) is Attention and type(norm) is RMSNorm and type(mlp) is GatedMLP):
-        return False
-    return not (hasattr(attention, "output_bias") or norm.unit_offset or mlp.bias)
 
 
 class Decoder(nnx.Module):
