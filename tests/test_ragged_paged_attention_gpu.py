@@ -111,6 +111,11 @@ def test_every_row_is_cut(shape):
     _check(shape, Mix(((300, 1), (200, 1)), 2, 2), sinks=jnp.linspace(-2.0, 3.0, shape.num_heads))
 
 
+def test_pieces_of_a_group_that_does_not_divide_a_tile_are_merged():
+    """12 query heads on a kv head, and more pieces than a tile of 64 results has room for."""
+    _check(Shape(12, 1, 64), Mix(((700, 1), (33, 1)), 2, 2), 32)
+
+
 def test_no_row_is_cut_though_some_might_be():
     mix = Mix(((20, 1),) * 32, 32, 32)
     page_size = 128

@@ -557,7 +557,7 @@ def _merge(sizes: _Sizes, arrays: _Arrays, memory: _Shared, item: _Item) -> _Sum
         plgpu.barrier_wait(memory.loaded)
         lse = plgpu.load(memory.lse, layout=of_column, optimized=False)
         head, part = (plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1))
-        own = (lax.rem(part, jnp.int32(group)) == head) & (part < left)
+        own = (lax.rem(part + tile * rows, jnp.int32(group)) == head) & (part < left)
         scores = jnp.where(own, lax.broadcast_in_dim(lse, shape, [1]), MASKED)
         weights, factor, top, total = update_softmax(scores, carry.top, carry.total, 1.0)
         acc = carry.acc * lax.broadcast_in_dim(factor, carry.acc.shape, [0])
