@@ -131,6 +131,11 @@ class _Sizes:
         return -(-self.group // 4) * 4
 
     @property
+    def part_rows(self) -> int:
+        """Results of all pieces of a row under a kv head, rounded up to the rows of a shared-memory tile."""
+        return -(-self.max_splits * self.padded_group // 8) * 8
+
+    @property
     def staged_rows(self) -> int:
         """The same, rounded up to what a warpgroup copies at once."""
         return -(-self.group // 32) * 32
@@ -171,7 +176,7 @@ def decode(
     if sinks is not None:  # the copy engine moves whole 16 bytes
         sinks = jnp.pad(sinks, (0, -num_heads % 8))
     # Read in whole tiles, the last one as well.
-    part_rows = num_rows * num_kv_heads * most * sizes.padded_group + WARPGROUP_ROWS
+    part_rows = num_rows * num_kv_heads * sizes.part_rows + WARPGROUP_ROWS
     cut = most > 1
     run = plgpu.kernel(
         functools.partial(_entry, sizes),
@@ -536,7 +541,7 @@ def _write_part(sizes: _Sizes, arrays: _Arrays, memory: _Shared, item: _Item, re
 
 def _first_part(sizes: _Sizes, item: _Item, split):
     """Where the rows of a piece begin in `parts` and `lse`."""
-    return ((item.row * sizes.num_kv_heads + item.head) * sizes.max_splits + split) * sizes.padded_group
+    return (item.row * sizes.num_kv_heads + item.head) * sizes.part_rows + split * sizes.padded_group
 
 
 def _merge(sizes: _Sizes, arrays: _Arrays, memory: _Shared, item: _Item) -> _Sum:
