@@ -1,8 +1,9 @@
 """Counters in device memory, by which the thread blocks of a Mosaic GPU kernel learn of one another's progress.
 
 int32 each, and zero whenever no kernel runs that uses them: a kernel writes to the zeros it is given, but leaves them
-as they were, so that all calls of a program can share them. Pallas's own semaphores are zeroed by a kernel before each
-call. Everything here is done by a whole warpgroup. The interpreter knows none of it.
+as they were, so that all calls of a program share them. Those calls must follow one another, as layers do. Pallas's own
+semaphores are zeroed by a kernel before each call. Everything here is done by a whole warpgroup. The interpreter knows
+none of it.
 """
 
 # The types of plgpu's own names are not to be had: it exports some of them lazily.
