@@ -66,26 +66,29 @@ def test_blocks_are_alike_and_no_more_than_fit_a_gpu(shape, dtype, units):
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "fits"),
+    ("shape", "dtype", "num_devices", "fits"),
     [
-        ((1, 4096), jnp.bfloat16, True),
-        ((64, 8192), jnp.float16, True),
-        ((64, 16384), jnp.bfloat16, False),
-        ((8, 896), jnp.bfloat16, False),
-        ((8, 4096), jnp.float32, False),
-        ((257, 4096), jnp.bfloat16, False),
+        ((1, 4096), jnp.bfloat16, 2, True),
+        ((64, 8192), jnp.float16, 2, True),
+        ((8, 8192), jnp.bfloat16, 4, True),
+        ((8, 8192), jnp.bfloat16, 8, False),  # more than a thread's registers hold
+        ((32, 4096), jnp.bfloat16, 8, True),
+        ((64, 16384), jnp.bfloat16, 2, False),
+        ((8, 896), jnp.bfloat16, 2, False),
+        ((8, 4096), jnp.float32, 2, False),
+        ((257, 4096), jnp.bfloat16, 2, False),
     ],
 )
-def test_rows_that_are_normed_on_the_way(shape, dtype, fits):
-    x, peers = jax.ShapeDtypeStruct(shape, dtype), op.peers_shape(2)
+def test_rows_that_are_normed_on_the_way(shape, dtype, num_devices, fits):
+    x, peers = jax.ShapeDtypeStruct(shape, dtype), op.peers_shape(num_devices)
 
     def run(x, peers):
         return op.all_reduce_add_norm(x, x, x[0], "tensor", peers, eps=1e-5, platform="gpu")
 
-    program = str(jax.make_jaxpr(run, axis_env=[("tensor", 2)])(x, peers))
+    program = str(jax.make_jaxpr(run, axis_env=[("tensor", num_devices)])(x, peers))
     assert ("name=all_reduce_add_norm" in program) == fits
     assert ("psum" in program) != fits
-    assert "name=all_reduce_add_norm" not in str(jax.make_jaxpr(run, axis_env=[("tensor", 2)])(x, None))
+    assert "name=all_reduce_add_norm" not in str(jax.make_jaxpr(run, axis_env=[("tensor", num_devices)])(x, None))
 
 
 def test_integers_are_not_taken():
@@ -118,6 +121,7 @@ def test_refusals():
         op.all_reduce(np.zeros((1, 1024), jnp.bfloat16), "tensor", None, implementation="gpu")
     options = {"eps": 1e-5, "platform": "gpu", "implementation": "gpu"}
     with pytest.raises(
-        ValueError, match=r"of a multiple of 1024 elements up to 8192, and peers; got bfloat16, \(1, 1000"
+        ValueError,
+        match=r"elements up to 8192, or half of that on 8 devices, and peers; got bfloat16, \(1, 1000",
     ):
         op.all_reduce_add_norm(x, x, x[0], "tensor", np.zeros((4, 2), np.int32), **options)

@@ -76,7 +76,7 @@ def all_reduce(
 
 def takes_rows(x: Float[Array, "T D"], axis: str, peers: Peers | None) -> bool:
     """Whether all_reduce_add_norm is one kernel for such rows."""
-    return gpu.supports_rows(x) and _is_small(x, axis, peers)
+    return _fits_rows(x, peers) and _is_small(x, axis, peers)
 
 
 def all_reduce_add_norm(
@@ -101,10 +101,14 @@ def all_reduce_add_norm(
     Raises:
         ValueError: there is no such implementation, or it does not take the rows.
     """
-    _check(implementation, peers, gpu.supports_rows(x), f"{gpu.ALLOWED_ROWS}, and peers; got {x.dtype}, {x.shape}")
+    _check(implementation, peers, _fits_rows(x, peers), f"{gpu.ALLOWED_ROWS}, and peers; got {x.dtype}, {x.shape}")
     if implementation == "gpu" or (implementation == "auto" and takes_rows(x, axis, peers)):
         return gpu.all_reduce_add_norm(x, part, weight, peers, eps)
     return *add_norm(x, xla.all_reduce(part, axis), weight, eps=eps, platform=platform), peers
+
+
+def _fits_rows(x: Any, peers: Peers | None) -> bool:
+    return peers is not None and gpu.supports_rows(x, peers.shape[0] - 2)
 
 
 def _is_small(x: Any, axis: str, peers: Peers | None) -> bool:

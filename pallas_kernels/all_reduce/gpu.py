@@ -43,6 +43,8 @@ _THREADS, _UNIT = 128, 16
 BLOCKS = 256
 #: Most units of a thread.
 _MAX_UNITS = 8
+#: Most units of a thread, from all devices together, that all_reduce_add_norm holds in registers.
+_MAX_PARTS = 32
 _WORDS = _UNIT // 4
 #: Bytes of a block's slot: each word with the number of its sum.
 _SLOT = 2 * _UNIT * _MAX_UNITS * _THREADS
@@ -54,7 +56,7 @@ ALLOWED = (
 )
 ALLOWED_ROWS = (
     f"the GPU kernel takes up to {BLOCKS} rows of bfloat16 or float16, of a multiple of {_BLOCK_BYTES // 2} elements "
-    f"up to {_MAX_UNITS * _BLOCK_BYTES // 2}"
+    f"up to {_MAX_UNITS * _BLOCK_BYTES // 2}, or half of that on 8 devices"
 )
 
 
@@ -64,10 +66,11 @@ def supports(x: jax.Array) -> bool:
     return x.dtype in (jnp.bfloat16, jnp.float16, jnp.float32) and 0 < size <= MAX_BYTES and _units(size) > 0
 
 
-def supports_rows(x: jax.Array) -> bool:
+def supports_rows(x: jax.Array, num_devices: int) -> bool:
     """Whether all_reduce_add_norm takes such rows."""
     units, rest = divmod(x.shape[1] * x.dtype.itemsize, _BLOCK_BYTES)
-    return x.dtype in (jnp.bfloat16, jnp.float16) and not rest and 0 < units <= _MAX_UNITS and x.shape[0] <= BLOCKS
+    fits = 0 < units <= min(_MAX_UNITS, _MAX_PARTS // num_devices) and x.shape[0] <= BLOCKS
+    return fits and not rest and x.dtype in (jnp.bfloat16, jnp.float16)
 
 
 def memory_bytes(num_devices: int) -> int:
