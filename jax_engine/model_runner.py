@@ -35,7 +35,7 @@ from jax_engine.kv_cache import KVCache
 from jax_engine.kv_scales import find_scales
 from jax_engine.models import read_config
 from jax_engine.page_store import PageStore
-from jax_engine.peer_memory import PeerMemory, memory_bytes
+from jax_engine.peer_memory import PeerMemory, peers_shape
 from jax_engine.program import PROMPT_BLOCK, ModelProgram, Part, chosen_quantization, largest_parts, nested
 from jax_engine.sampler import NUM_TOP_LOGPROBS
 from jax_engine.schedule import Copies
@@ -157,7 +157,7 @@ class ModelRunner:
             if config.load_format == "dummy"
             else load(self._program.renamed(checkpoint), wanted, ignore=self._program.ignored_tensors)
         )
-        self._peer_memory = PeerMemory(self._program.mesh) if memory_bytes(self._program.mesh) else None
+        self._peer_memory = PeerMemory(self._program.mesh) if peers_shape(self._program.mesh) else None
         self.weight_bytes = sum(array.nbytes for array in jax.tree.leaves(arrays))
         self.weights = nested(arrays)
         num_pages = config.num_pages or self._num_pages_that_fit(config, devices)

@@ -15,9 +15,12 @@ from jaxtyping import Int32
 from jax_engine.sharding import TENSOR
 from pallas_kernels import all_reduce
 
+#: GPUs of a model up to which its steps take the kernel. For more it has been compiled, and has not run.
+MOST_DEVICES = 2
+
 
 def memory_bytes(mesh: Mesh) -> int:
-    """Bytes that each of the devices keeps; 0 if they have no such memory."""
+    """Bytes that each of the devices keeps; 0 if they can have no such memory."""
     devices = list(mesh.devices.flat)
     if len({device.process_index for device in devices}) > 1:
         return 0
@@ -25,8 +28,8 @@ def memory_bytes(mesh: Mesh) -> int:
 
 
 def peers_shape(mesh: Mesh) -> jax.ShapeDtypeStruct | None:
-    """Of KVCache.peers on one of the devices; None if they have no such memory."""
-    return all_reduce.peers_shape(mesh.size) if memory_bytes(mesh) else None
+    """Of KVCache.peers on one of the devices; None if their steps do without."""
+    return all_reduce.peers_shape(mesh.size) if mesh.size <= MOST_DEVICES and memory_bytes(mesh) else None
 
 
 class PeerMemory:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jax_engine import peer_memory
 from jax_engine.batch import Bucket
 from jax_engine.compilation import memory
 from jax_engine.compile_target import compile_step
@@ -112,6 +113,7 @@ def test_sums_over_gpus_are_nodes_of_the_graph_of_a_decode_step(devices, bucket,
     """Two a layer, with residual sum and norm, and the embedding's: kernels of our own, which spill nothing."""
     monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    monkeypatch.setattr(peer_memory, "MOST_DEVICES", devices)
     launches, lowered = launched(devices, bucket, tmp_path)
     assert "all_reduce_mosaic" in lowered and "all_reduce_add_norm_mosaic" in lowered
     kinds = [kind for _, kind in launches]
@@ -136,6 +138,12 @@ def test_sums_of_a_step_with_prompts_are_left_to_xla(tmp_path):
     assert "all_reduce_mosaic" not in lowered and "all_reduce_add_norm" not in lowered
     sums = [kind for _, kind in launches if kind in ("kCollectiveKernel", "kAllReduce")]
     assert len(sums) >= 2 * LAYERS + 1
+
+
+def test_sums_over_more_gpus_than_the_kernel_has_run_on_are_left_to_xla(tmp_path):
+    launches, lowered = launched(4, Bucket(1, 1, True), tmp_path)
+    assert "all_reduce_mosaic" not in lowered and "all_reduce_add_norm" not in lowered
+    assert sum(kind in ("kCollectiveKernel", "kAllReduce") for _, kind in launches) >= 2 * LAYERS + 1
 
 
 def launched(num_devices, bucket, folder):
