@@ -28,6 +28,17 @@ def parse(flag_values: absl_flags.FlagValues, name: str, about: str | None, argv
     return True
 
 
+def read[Options](kind: type[Options], name: str, about: str | None, argv: Sequence[str]) -> Options | None:
+    """The arguments of a program whose flags are the fields of a dataclass. None when only help was asked for.
+
+    Raises:
+        UsageError: see parse.
+    """
+    flag_values = absl_flags.FlagValues()
+    flags.define(flag_values, kind, group="Benchmark")
+    return kind(**flags.values(flag_values, kind)) if parse(flag_values, name, about, argv) else None
+
+
 def run(main: Callable[[Sequence[str]], int]) -> None:
     """Runs a program's main with the process's arguments and exits."""
     try:

@@ -19,10 +19,8 @@ from typing import Any
 
 import aiohttp
 import numpy as np
-from absl import flags as absl_flags
 
 from benchmarks import program, report, server_process
-from serving import flags
 
 ABORTED_SHARE = 0.1
 PROMPT, OUTPUT = 24, 24
@@ -48,11 +46,9 @@ class Options:
 
 def main(argv: Sequence[str]) -> int:
     """Runs the soak. Returns 1 if something leaked or changed."""
-    flag_values = absl_flags.FlagValues()
-    flags.define(flag_values, Options, group="Soak")
-    if not program.parse(flag_values, "benchmarks.soak", __doc__, argv[1:]):
+    options = program.read(Options, "benchmarks.soak", __doc__, argv[1:])
+    if options is None:
         return 0
-    options = Options(**flags.values(flag_values, Options))
     with server_process.running(options.serve_flags.split()) as server:
         results = asyncio.run(_soak(server.pid, server.url, options))
     rows = [list(results["samples"][0])]

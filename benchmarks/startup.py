@@ -16,11 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import flags as absl_flags
-
 from benchmarks import program, report, server_process
 from jax_engine import ConfigError
-from serving import flags
 
 STARTS = ("empty", "kept", "compiled")
 
@@ -39,11 +36,9 @@ class Options:
 
 def main(argv: Sequence[str]) -> int:
     """Makes the starts, and prints a line for each."""
-    flag_values = absl_flags.FlagValues()
-    flags.define(flag_values, Options, group="Starts")
-    if not program.parse(flag_values, "benchmarks.startup", __doc__, argv[1:]):
+    options = program.read(Options, "benchmarks.startup", __doc__, argv[1:])
+    if options is None:
         return 0
-    options = Options(**flags.values(flag_values, Options))
     for kind in options.starts:
         if kind not in STARTS:
             raise ConfigError(f"starts are of {', '.join(STARTS)}; got {kind!r}")

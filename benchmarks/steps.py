@@ -35,9 +35,10 @@ from jax_engine.config import EngineConfig, resolve
 from jax_engine.constraints import unconstrained
 from jax_engine.features import Feature
 from jax_engine.free_places import leave_free
+from jax_engine.kv_cache import empty_cache
 from jax_engine.models import read_config
 from jax_engine.models.shapes import NAMED_SHAPES
-from jax_engine.peer_memory import PeerMemory
+from jax_engine.peer_memory import open_peer_memory
 from jax_engine.program import ModelProgram, Part, nested
 from jax_engine.sharding import choose_devices
 from jax_engine.xla_flags import set_xla_flags
@@ -91,15 +92,8 @@ class Stepper:
         read = [array for name, array in arrays.items() if name != unread]
         self.read_bytes = sum(map(_bytes_per_device, jax.tree.leaves(read)))
         self.weights = nested(arrays)
-        shapes = self.program.cache_shapes(self.limits)
-        self.cache = jax.jit(
-            lambda: jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), shapes),
-            out_shardings=jax.tree.map(lambda s: s.sharding, shapes),
-        )()
-        if shapes.peers is not None:
-            self._peer_memory = PeerMemory(self.program.mesh)
-            peers = jax.device_put(self._peer_memory.peers(), shapes.peers.sharding)
-            self.cache = dataclasses.replace(self.cache, peers=peers)
+        self._peer_memory = open_peer_memory(self.program.mesh)
+        self.cache = empty_cache(self.program.cache_shapes(self.limits), self._peer_memory)
         self.put = functools.partial(jax.device_put, device=self.program.replicated)
         self.between_places = leave_free(self.put)
 

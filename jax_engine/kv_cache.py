@@ -1,7 +1,7 @@
 """KVCache: the arrays behind the page pool, on device. The pool of pages says who owns what; this only holds it."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from jax_engine.config import Limits
 from jax_engine.layers.recurrent import RecurrentCache
 from jax_engine.model_config import ModelConfig
+from jax_engine.peer_memory import PeerMemory
 from pallas_kernels.all_reduce import Peers
 from pallas_kernels.ragged_paged_attention import api as attention_op
 
@@ -63,6 +64,23 @@ def cache_shapes(
         )
 
     return jax.eval_shape(make)
+
+
+def empty_cache(shapes: KVCache, peer_memory: PeerMemory | None) -> KVCache:
+    """Arrays of zeros of such shapes, placed as these say.
+
+    Args:
+        peer_memory: what `peers` is to lead to; None where the shapes have none.
+    """
+
+    def make() -> KVCache:
+        return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+
+    cache = jax.jit(make, out_shardings=jax.tree.map(lambda shape: shape.sharding, shapes))()
+    if peer_memory is None:
+        return cache
+    assert shapes.peers is not None
+    return replace(cache, peers=jax.device_put(peer_memory.peers(), shapes.peers.sharding))
 
 
 def page_bytes(model: ModelConfig, page_size: int, kv_dtype: jnp.dtype, device: attention_op.Device) -> int:

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.monitoring
-import jax.numpy as jnp
 import numpy as np
 
 from checkpoints.formats import Checkpoint
@@ -31,11 +30,11 @@ from jax_engine.features import SAMPLING, Feature
 from jax_engine.free_places import leave_free
 from jax_engine.group import least
 from jax_engine.kept_programs import KeptPrograms
-from jax_engine.kv_cache import KVCache
+from jax_engine.kv_cache import empty_cache
 from jax_engine.kv_scales import find_scales
 from jax_engine.models import read_config
 from jax_engine.page_store import PageStore
-from jax_engine.peer_memory import PeerMemory, peers_shape
+from jax_engine.peer_memory import open_peer_memory
 from jax_engine.program import PROMPT_BLOCK, ModelProgram, Part, chosen_quantization, largest_parts, nested
 from jax_engine.sampler import NUM_TOP_LOGPROBS
 from jax_engine.schedule import Copies
@@ -157,13 +156,13 @@ class ModelRunner:
             if config.load_format == "dummy"
             else load(self._program.renamed(checkpoint), wanted, ignore=self._program.ignored_tensors)
         )
-        self._peer_memory = PeerMemory(self._program.mesh) if peers_shape(self._program.mesh) else None
+        self._peer_memory = open_peer_memory(self._program.mesh)
         self.weight_bytes = sum(array.nbytes for array in jax.tree.leaves(arrays))
         self.weights = nested(arrays)
         num_pages = config.num_pages or self._num_pages_that_fit(config, devices)
         self.limits = resolve(config, self.model_config, platform=self.platform, num_pages=num_pages)
         self._check_pool()
-        self._cache = self._empty_cache(self._program.cache_shapes(self.limits))
+        self._cache = empty_cache(self._program.cache_shapes(self.limits), self._peer_memory)
         if self._cache.kv_scales is not None:
             self._cache = dataclasses.replace(self._cache, kv_scales=self._find_kv_scales(config))
         self._no_adjustments = {
@@ -284,15 +283,8 @@ class ModelRunner:
             by_expert=config.enable_expert_parallel,
             quantization=self._quantization,
         )
-        return find_scales(program, self._program.kv_dtype, self.limits, self.weights, self._put, self._empty_cache)
-
-    def _empty_cache(self, shapes: KVCache) -> KVCache:
-        make = functools.partial(jax.tree.map, lambda shape: jnp.zeros(shape.shape, shape.dtype))
-        cache = jax.jit(lambda: make(shapes), out_shardings=jax.tree.map(lambda shape: shape.sharding, shapes))()
-        if self._peer_memory is None:
-            return cache
-        peers = jax.device_put(self._peer_memory.peers(), cache.peers.sharding)
-        return dataclasses.replace(cache, peers=peers)
+        empty = functools.partial(empty_cache, peer_memory=self._peer_memory)
+        return find_scales(program, self._program.kv_dtype, self.limits, self.weights, self._put, empty)
 
     def _num_pages_that_fit(self, config: EngineConfig, devices: list[Any]) -> int:
         """As many pages as free memory holds, but no more than the sequences could ever use."""

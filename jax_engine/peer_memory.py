@@ -51,3 +51,8 @@ class PeerMemory:
         parts: dict[Any, Any] = {shard.device: shard.data for shard in self._memory.addressable_shards}
         addresses = [parts[device].unsafe_buffer_pointer() for device in self._devices]
         return np.concatenate([all_reduce.peers_table(addresses, rank) for rank in range(len(addresses))])
+
+
+def open_peer_memory(mesh: Mesh) -> PeerMemory | None:
+    """The memory of the devices of a mesh, where their steps do with it."""
+    return PeerMemory(mesh) if peers_shape(mesh) else None

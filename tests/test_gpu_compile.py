@@ -8,6 +8,7 @@ import dataclasses
 import importlib.util
 import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from jax_engine import peer_memory
 from jax_engine.batch import Bucket
 from jax_engine.compilation import memory
 from jax_engine.compile_target import compile_step
-from jax_engine.config import EngineConfig, resolve
+from jax_engine.config import EngineConfig, Limits, resolve
 from jax_engine.kept_programs import KeptPrograms
 from jax_engine.models import read_config
 from jax_engine.models.shapes import NAMED_SHAPES
@@ -32,6 +33,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 LAYERS, PAGES = 2, 4096
+
+
+def _step_program(target: str = "h100", **options: Any) -> tuple[ModelProgram, Limits]:
+    """Steps of the 8B shape's first layers, on such H100s."""
+    whole = read_config(NAMED_SHAPES["llama-3.1-8b"])
+    model = dataclasses.replace(whole, num_hidden_layers=LAYERS, layers=whole.layers[:LAYERS])
+    limits = resolve(EngineConfig(), model, platform="gpu", num_pages=PAGES)
+    return ModelProgram(model, "bfloat16", open_target(target).devices, **options), limits
 
 
 @pytest.mark.parametrize(
@@ -51,11 +60,7 @@ LAYERS, PAGES = 2, 4096
 def test_a_step_compiles_in_place_and_without_spills(bucket, kv_cache_dtype, tmp_path, monkeypatch):
     monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
-    device = open_target("h100").devices[0]
-    whole = read_config(NAMED_SHAPES["llama-3.1-8b"])
-    model = dataclasses.replace(whole, num_hidden_layers=LAYERS, layers=whole.layers[:LAYERS])
-    limits = resolve(EngineConfig(), model, platform="gpu", num_pages=PAGES)
-    program = ModelProgram(model, "bfloat16", [device], kv_cache_dtype=kv_cache_dtype)
+    program, limits = _step_program(kv_cache_dtype=kv_cache_dtype)
     assert program.device.platform == "gpu"
     lowered = program.lower(bucket, limits)[1]
     memory = lowered.compile(compiler_options=program.compiler_options(bucket)).memory_analysis()
@@ -69,21 +74,15 @@ def test_a_step_compiles_in_place_and_without_spills(bucket, kv_cache_dtype, tmp
 
 @pytest.mark.parametrize(("rows", "taken"), [(16, True), (8, False)])
 def test_layers_behind_attention_are_one_kernel_where_that_is_faster(rows, taken):
-    device = open_target("h100").devices[0]
-    whole = read_config(NAMED_SHAPES["llama-3.1-8b"])
-    model = dataclasses.replace(whole, num_hidden_layers=LAYERS, layers=whole.layers[:LAYERS])
-    limits = resolve(EngineConfig(), model, platform="gpu", num_pages=PAGES)
-    lowered = ModelProgram(model, "bfloat16", [device]).lower(Bucket(rows, rows, True), limits)[1]
+    program, limits = _step_program()
+    lowered = program.lower(Bucket(rows, rows, True), limits)[1]
     assert ("block_tail" in lowered.as_text()) == taken
 
 
 def test_a_step_that_was_kept_is_the_same_for_the_compiler(tmp_path):
     """Its Pallas kernels, and the pool updated in place; see kept_programs.py."""
-    device = open_target("h100").devices[0]
-    whole = read_config(NAMED_SHAPES["llama-3.1-8b"])
-    model = dataclasses.replace(whole, num_hidden_layers=LAYERS, layers=whole.layers[:LAYERS])
-    limits = resolve(EngineConfig(), model, platform="gpu", num_pages=PAGES)
-    program = ModelProgram(model, "bfloat16", [device]).part(Part("model", Bucket(512, 256, False)), limits)
+    whole, limits = _step_program()
+    program = whole.part(Part("model", Bucket(512, 256, False)), limits)
     KeptPrograms(tmp_path).lower(program)
     kept = KeptPrograms(tmp_path).lower(dataclasses.replace(program, function=None))
     want, got = (lowered.compile(compiler_options=program.options) for lowered in (program.lower(), kept))
@@ -93,11 +92,7 @@ def test_a_step_that_was_kept_is_the_same_for_the_compiler(tmp_path):
 
 
 def test_the_model_of_a_decode_step_is_one_graph_without_conditions(tmp_path):
-    device = open_target("h100").devices[0]
-    whole = read_config(NAMED_SHAPES["llama-3.1-8b"])
-    model = dataclasses.replace(whole, num_hidden_layers=LAYERS, layers=whole.layers[:LAYERS])
-    limits = resolve(EngineConfig(), model, platform="gpu", num_pages=PAGES)
-    program = ModelProgram(model, "bfloat16", [device])
+    program, limits = _step_program()
     bucket = Bucket(32, 32, True)
     options = {**(program.compiler_options(bucket) or {}), "xla_dump_to": str(tmp_path)}
     program.lower(bucket, limits)[1].compile(compiler_options=options)
@@ -125,10 +120,7 @@ def test_sums_over_gpus_are_nodes_of_the_graph_of_a_decode_step(devices, bucket,
 
 
 def test_a_report_of_a_step_counts_its_sums():
-    whole = read_config(NAMED_SHAPES["llama-3.1-8b"])
-    model = dataclasses.replace(whole, num_hidden_layers=LAYERS, layers=whole.layers[:LAYERS])
-    limits = resolve(EngineConfig(), model, platform="gpu", num_pages=PAGES)
-    program = ModelProgram(model, "bfloat16", open_target("h100:2").devices)
+    program, limits = _step_program("h100:2")
     report = compile_step(program, Bucket(32, 32, True), limits)
     assert report.collectives == {"all-gather": 1, "all-reduce": 2 * LAYERS + 1}
 
@@ -148,10 +140,7 @@ def test_sums_over_more_gpus_than_the_kernel_has_run_on_are_left_to_xla(tmp_path
 
 def launched(num_devices, bucket, folder):
     """What is launched for a step on so many H100s: whether in a graph, and its kind; and the lowered program."""
-    whole = read_config(NAMED_SHAPES["llama-3.1-8b"])
-    model = dataclasses.replace(whole, num_hidden_layers=LAYERS, layers=whole.layers[:LAYERS])
-    limits = resolve(EngineConfig(), model, platform="gpu", num_pages=PAGES)
-    program = ModelProgram(model, "bfloat16", open_target(f"h100:{num_devices}").devices)
+    program, limits = _step_program(f"h100:{num_devices}")
     options = {**(program.compiler_options(bucket) or {}), "xla_dump_to": str(folder)}
     lowered = program.lower(bucket, limits)[1]
     lowered.compile(compiler_options=options)

@@ -62,17 +62,17 @@ class DecoderLayer(nnx.Module):
 
     def __call__(self, x: Residual, cache: Any, context: StepContext, place: Array) -> tuple[Residual, Any]:
         total, normed = self.input_norm.after_sum(x.total, x.added, context.platform)
-        tokens, tail = total.shape[0], (self.attention, self.post_norm, self.mlp)
-        if self.residual_multiplier == 1 and block_tail.takes(*tail, tokens, context):
+        if self.residual_multiplier == 1 and block_tail.is_plain(self.attention, self.post_norm, self.mlp):
             assert isinstance(self.attention, Attention) and isinstance(self.mlp, GatedMLP)
-            heads, cache = self.attention.attend(normed, cache, context, place)
-            return Residual(*block_tail.apply(self.attention, self.post_norm, self.mlp, heads, total, context)), cache
-        if self.residual_multiplier == 1 and leaves_parts(total) and block_tail.is_plain(*tail):
-            assert isinstance(self.attention, Attention) and isinstance(self.mlp, GatedMLP)
-            heads, cache = self.attention.attend(normed, cache, context, place)
-            part = matmul_part(heads, self.attention.output)
-            total, normed = self.post_norm.after_sum(total, part, context.platform)
-            return Residual(total, self.mlp.part(normed)), cache
+            if block_tail.takes(self.attention, self.mlp, total.shape[0], context):
+                heads, cache = self.attention.attend(normed, cache, context, place)
+                tail = block_tail.apply(self.attention, self.post_norm, self.mlp, heads, total, context)
+                return Residual(*tail), cache
+            if leaves_parts(total):
+                heads, cache = self.attention.attend(normed, cache, context, place)
+                part = matmul_part(heads, self.attention.output)
+                total, normed = self.post_norm.after_sum(total, part, context.platform)
+                return Residual(total, self.mlp.part(normed)), cache
         attended, cache = self.attention(normed, cache, context, place)
         total, normed = self.post_norm.after_sum(total, self._scaled(attended), context.platform)
         return Residual(total, self._scaled(self.mlp(normed))), cache

@@ -45,6 +45,8 @@ STAGES = 2
 class PrefillWork:
     """Blocks of query tokens of the longer rows, the one with most keys first.
 
+    Each sees a key tile: compute warpgroups take turns by tiles, and with two items of none would never end.
+
     Attributes:
         blocks: [G, 5] int32: row, first packed token, tokens, position of the first, KV length of the row.
         num_blocks: [1] int32, how many of the G are real.
