@@ -73,14 +73,12 @@ def empty_cache(shapes: KVCache, peer_memory: PeerMemory | None) -> KVCache:
         peer_memory: what `peers` is to lead to; None where the shapes have none.
     """
 
-    def make() -> KVCache:
-        return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    def make(peers: Peers | None) -> KVCache:
+        zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+        return replace(zeros, peers=peers)
 
-    cache = jax.jit(make, out_shardings=jax.tree.map(lambda shape: shape.sharding, shapes))()
-    if peer_memory is None:
-        return cache
-    assert shapes.peers is not None
-    return replace(cache, peers=jax.device_put(peer_memory.peers(), shapes.peers.sharding))
+    peers = peer_memory.peers() if peer_memory else None
+    return jax.jit(make, out_shardings=jax.tree.map(lambda shape: shape.sharding, shapes))(peers)
 
 
 def page_bytes(model: ModelConfig, page_size: int, kv_dtype: jnp.dtype, device: attention_op.Device) -> int:
