@@ -26,9 +26,10 @@ GOLDEN = Path(__file__).parent / "golden"
 
 @pytest.fixture(scope="module", autouse=True)
 def transfer_guard(request):
-    """Data reaches or leaves a device only where the code says so; tests of device functions feed them directly."""
+    """Data reaches or leaves a device only where the code says so; tests of device functions feed them directly, as
+    interpreters of kernels do."""
     feeds_device = request.module.__name__.split(".")[-1].startswith(
-        ("test_sampler", "test_ragged", "test_model_layers", "test_kept_programs", "test_block_tail")
+        ("test_sampler", "test_ragged", "test_model_layers", "test_kept_programs", "test_block_tail", "test_gpu_engine")
     )
     jax.config.update("jax_transfer_guard", "allow" if feeds_device else "disallow")
     yield
@@ -51,7 +52,8 @@ class Modes:
                 | options
             )
         )
-        self.runner = ModelRunner(self.config, open_checkpoint(self.config.model))
+        checkpoint = open_checkpoint(self.config.model, weights=self.config.load_format != "dummy")
+        self.runner = ModelRunner(self.config, checkpoint)
         self.limits = self.runner.limits
 
     def engine(self, scheduling: str = "async", depth: int = 2, config: EngineConfig | None = None, **limits) -> Engine:
