@@ -49,17 +49,17 @@ def test_tokens_are_those_of_an_engine_over_xla(folder, make_modes, monkeypatch)
         "page_size": 16,
         "max_num_seqs": 3,
         "num_pages": 24,
-        "token_buckets": (64,),
+        "token_buckets": (160,),  # of padding alone: more blocks than the interpreter has workers
         "decode_buckets": (3,),
     }
-    wanted = _serve(make_modes(**options).engine("sync"))
+    wanted = _serve(make_modes(**options).engine("sync", max_num_batched_tokens=64))
     monkeypatch.setitem(api._PREFERRED, "cpu", "gpu")
     kernels = []
     for module, name in ((gpu_decode, "_entry"), (gpu_prefill, "_entry")):
         entry = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, entry=entry: (kernels.append(entry), entry(*args))[1])
     with plgpu.force_gpu_interpret_mode():
-        got = _serve(make_modes(**options).engine("async"))
+        got = _serve(make_modes(**options).engine("async", max_num_batched_tokens=64))
     assert len(set(kernels)) == 2, "attention did not go through both kernels"
     for ours, theirs in zip(got, wanted, strict=True):
         (ours,), (theirs,) = ours.outputs, theirs.outputs
