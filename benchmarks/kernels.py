@@ -23,6 +23,7 @@ import numpy as np
 from absl import flags as absl_flags
 
 from benchmarks import program, report
+from benchmarks.ceilings import PEAKS
 from pallas_kernels.ragged_paged_attention import Plan, Ragged, plan, ragged_paged_attention, reference, write_kv
 from pallas_kernels.ragged_paged_attention.api import largest_number
 from pallas_kernels.ragged_paged_attention.cases import MIXES, SHAPES, Mix, Shape, in_8_bits, make_inputs
@@ -34,8 +35,6 @@ POOL_DTYPES = {"auto": jnp.bfloat16, "fp8": jnp.float8_e4m3fn, "int8": jnp.int8}
 ROUNDS, REPEATS = 3, 8
 #: Calls written out in a program's loop; 64 take a minute to compile where a row may have 64 pieces.
 UNROLLED = 8
-#: Of one H100 80GB: bytes per second by its data sheet, and dense bfloat16 operations per second.
-PEAK_BYTES, PEAK_OPERATIONS = 3.35e12, 989e12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,12 +167,11 @@ def measure(case: Case, page_size: int, implementation: str) -> dict[str, Any]:
     """A row of figures."""
     seconds, planning = case.seconds(page_size, implementation)
     rate = case.work / seconds
-    return {
-        "us": seconds * 1e6,
-        "plan_us": planning * 1e6,
-        "per_s": rate,
-        "share_of_peak": rate / (PEAK_BYTES if case.decode_only else PEAK_OPERATIONS),
-    }
+    figures = {"us": seconds * 1e6, "plan_us": planning * 1e6, "per_s": rate}
+    peak = PEAKS.get(jax.devices()[0].device_kind)
+    if peak:
+        figures["share_of_peak"] = rate / (peak.bytes_per_s if case.decode_only else peak.operations_per_s)
+    return figures
 
 
 #: Longer and less regular than the shared mixes: cut rows, chunks, every remainder of a tile.

@@ -5,7 +5,7 @@
 One layer of the 8B shape without its attention: four products, two norms and the gate, so that what a form needs
 around its products (quantising its inputs, scaling its outputs) counts too. Some layers run one after the other inside
 one program, each with weights of its own, so no weight is found in a cache. `floor` is the weights' bytes over the
-bandwidth of a device copy.
+bandwidth of a device copy, measured first.
 """
 
 import re
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from absl import flags as absl_flags
 
 from benchmarks import program, report
+from benchmarks.ceilings import copy_bytes_per_s
 from benchmarks.kernels import best_of
 from jax_engine.xla_flags import set_xla_flags
 from pallas_kernels.block_tail import block_tail
@@ -28,8 +29,6 @@ from pallas_kernels.block_tail.api import MAX_TOKENS
 EMBED, HIDDEN, QKV = 4096, 14336, 6144
 SHAPES = {"qkv": (QKV, EMBED), "output": (EMBED, EMBED), "gate_up": (2 * HIDDEN, EMBED), "down": (EMBED, HIDDEN)}
 LAYERS, REPEATS = 4, 10
-#: Bytes per second of a device copy on an H100.
-COPY_BANDWIDTH = 2.96e12
 FP8 = jnp.float8_e4m3fn
 
 Weight = tuple[jax.Array, jax.Array]
@@ -133,12 +132,12 @@ def _kernels(text: str) -> dict[str, int]:
     return dict(Counter(next(filter(None, names)) for names in found))
 
 
-def measure(form: str, sizes: Sequence[int]) -> list[dict[str, Any]]:
-    """A row of figures for every number of tokens."""
+def measure(form: str, sizes: Sequence[int], copy_speed: float) -> list[dict[str, Any]]:
+    """A row of figures for every number of tokens; copy_speed is that of a device copy, bytes per second."""
     dtype, layer = FORMS[form]
     sizes = [size for size in sizes if size <= MOST_ROWS.get(form, size)]
     layers = _draw(dtype)
-    floor = sum(outputs * inputs for outputs, inputs in SHAPES.values()) * jnp.dtype(dtype).itemsize / COPY_BANDWIDTH
+    floor = sum(outputs * inputs for outputs, inputs in SHAPES.values()) * jnp.dtype(dtype).itemsize / copy_speed
 
     def compile_for(tokens: int) -> Any:
         x = jax.ShapeDtypeStruct((tokens, EMBED), jnp.bfloat16)
@@ -182,12 +181,15 @@ def main(argv: Sequence[str]) -> int:
         return 0
     set_xla_flags()
     sizes = [int(size) for size in flag_values["tokens"].value]
+    copy_speed = copy_bytes_per_s()
     rows: list[dict[str, Any]] = []
     for form in flag_values["forms"].value:
-        rows += measure(form, sizes)
+        rows += measure(form, sizes, copy_speed)
         if flag_values["out"].value:  # after each form, for a later one may fail
             head = report.document("benchmarks.quantized_products", argv, device=report.jax_device())
-            report.write(flag_values["out"].value, head | {"layer": SHAPES, "rows": rows})
+            report.write(
+                flag_values["out"].value, head | {"layer": SHAPES, "copy_bytes_per_s": copy_speed, "rows": rows}
+            )
     cells = [[r["form"], str(r["tokens"]), f"{r['us']:.1f}", f"{r['floor_us'] / r['us']:.0%}"] for r in rows]
     print("\n" + report.table([["form", "tokens", "us a layer", "of floor"], *cells]))
     return 0

@@ -7,7 +7,8 @@
 
 Steps of decodes, or with --prompts of decodes and of whole prompts in the bucket that the engine takes for them.
 Neither scheduler nor engine takes part: the same batch is dispatched over and over, its tokens fed back on the device,
-results read one step late, as the engine does. The floor is the weights' and keys' bytes at the speed of a device copy.
+results read one step late, as the engine does. The floor is the weights' and keys' bytes at the speed of a device copy,
+which is measured first.
 With --trace, some steps are run under the profiler, and every kernel's time is listed; --layers makes a model of a few
 layers, which is soon compiled, as they are all alike.
 """
@@ -28,6 +29,7 @@ import numpy as np
 from absl import flags as absl_flags
 
 from benchmarks import program, report
+from benchmarks.ceilings import copy_bytes_per_s
 from checkpoints.loader import dummy
 from jax_engine.batch import FLOAT_FIELDS, INT_FIELDS, BatchLayout, no_adjustments
 from jax_engine.buckets import Bucket, choose_bucket
@@ -43,8 +45,6 @@ from jax_engine.program import ModelProgram, Part, nested
 from jax_engine.sharding import choose_devices
 from jax_engine.xla_flags import set_xla_flags
 
-#: Of one H100 80GB, as measured: bytes per second of a device copy, read and written together.
-COPY_BYTES = 2.96e12
 MS = 1e3
 #: Name -> temperature, top-p, features of the batch.
 SAMPLING = {
@@ -179,11 +179,11 @@ class Stepper:
             "dispatch_ms": report.percentiles(seconds * MS for seconds in dispatches),
         }
 
-    def floor_ms(self, rows: int) -> float:
-        """What each device has to read for a step, at the speed of a copy."""
+    def floor_ms(self, rows: int, copy_speed: float) -> float:
+        """What each device has to read for a step, at the speed of a copy in bytes per second."""
         page = self.program.page_bytes(self.limits.page_size) / self.limits.page_size
         keys = rows * self.context + sum(self.prompts)
-        return (self.read_bytes + keys * page) / COPY_BYTES * MS
+        return (self.read_bytes + keys * page) / copy_speed * MS
 
 
 def _bytes_per_device(array: jax.Array) -> int:
@@ -280,6 +280,7 @@ def main(argv: Sequence[str]) -> int:
         values["quantization"].value,
         values["layers"].value,
     )
+    copy_speed = copy_bytes_per_s()
     found = []
     for rows in sizes:
         layout, compiled, seconds = stepper.compile(rows)
@@ -287,7 +288,7 @@ def main(argv: Sequence[str]) -> int:
             packed = stepper.packed(layout, rows, sampling)
             stepper.run(layout, compiled, packed, 5)
             figures = stepper.run(layout, compiled, packed, values["steps"].value)
-            floor = stepper.floor_ms(rows)
+            floor = stepper.floor_ms(rows, copy_speed)
             bucket = list(layout.bucket)
             found.append(
                 {"rows": rows, "bucket": bucket, "sampling": sampling, "floor_ms": floor, **seconds, **figures}
@@ -297,7 +298,8 @@ def main(argv: Sequence[str]) -> int:
                 trace(stepper, layout, compiled, packed, Path(values["trace"].value) / f"{rows}_{sampling}.txt")
     print(table(found))
     if values["out"].value:
-        fields = {"model": values["model"].value, "context": stepper.context, "prompts": prompts, "rows": found}
+        fields = {"model": values["model"].value, "context": stepper.context, "prompts": prompts}
+        fields |= {"copy_bytes_per_s": copy_speed, "rows": found}
         flags = os.environ.get("XLA_FLAGS", "")
         document = report.document("benchmarks.steps", argv, device=report.jax_device(), xla_flags=flags, **fields)
         report.write(values["out"].value, document)
