@@ -14,6 +14,7 @@ from typing import Any
 from absl import flags as absl_flags
 
 from benchmarks import program, report
+from benchmarks.steps import KINDS
 
 RESULTS = report.ROOT / "benchmarks" / "results"
 PAGE = report.ROOT / "docs" / "performance.md"
@@ -80,6 +81,17 @@ def steps() -> list[list[str]]:
         over = row["step_ms"] / row["floor_ms"] - 1
         times = [f"{row['step_ms']:.2f}", f"{row['floor_ms']:.2f}", f"{over:.0%}", f"{row['dispatch_ms']['p50']:.2f}"]
         rows.append([name, *times])
+    return rows
+
+
+def step_kernels() -> list[list[str]]:
+    """A row for each size of benchmarks.steps that was traced: milliseconds by what kernels are for."""
+    traced = [row for row in (load("h100_steps") or {"rows": []})["rows"] if "kernels_ms" in row]
+    kinds = [kind for kind in (*KINDS, "other") if any(kind in row["kernels_ms"] for row in traced)]
+    rows = [["single step, ms by kernel", *kinds]]
+    for row in traced:
+        name = f"{row['rows']} rows, {row['sampling']}"
+        rows.append([name, *(f"{row['kernels_ms'].get(kind, 0.0):.2f}" for kind in kinds)])
     return rows
 
 
@@ -154,7 +166,7 @@ def main(argv: Sequence[str]) -> int:
     absl_flags.DEFINE_string("plot", None, "Image to write.", flag_values=flag_values, module_name="performance")
     if not program.parse(flag_values, "benchmarks.performance", __doc__, argv[1:]):
         return 0
-    write("tables", throughput(), modes(), steps(), kernels())
+    write("tables", throughput(), modes(), steps(), step_kernels(), kernels())
     write("cpu", cpu())
     if flag_values["plot"].value:
         plot(Path(flag_values["plot"].value))

@@ -8,15 +8,16 @@
 Steps of decodes, or with --prompts of decodes and of whole prompts in the bucket that the engine takes for them.
 Neither scheduler nor engine takes part: the same batch is dispatched over and over, its tokens fed back on the device,
 results read one step late, as the engine does. The floor is the weights' and keys' bytes at the speed of a device copy,
-which is measured first.
-With --trace, some steps are run under the profiler, and every kernel's time is listed; --layers makes a model of a few
-layers, which is soon compiled, as they are all alike.
+which is measured first. With --trace, some steps are run under the profiler; every kernel's time is listed there, and
+the results have sums by what kernels are for. --layers makes a model of a few layers, which is soon compiled, as they
+are all alike.
 """
 
 import dataclasses
 import functools
 import math
 import os
+import re
 import tempfile
 import time
 from collections import Counter, defaultdict
@@ -46,6 +47,13 @@ from jax_engine.sharding import choose_devices
 from jax_engine.xla_flags import set_xla_flags
 
 MS = 1e3
+#: What a kernel is for -> a pattern in its name: cuBLAS's, XLA's or this project's.
+KINDS = {
+    "products": "nvjet|gemm|cutlass|cublas|block_tail|gated_matmul",
+    "attention": "attention_",
+    "sums over devices": "all_reduce|nccl",
+    "copies": "^(?i:mem(cpy|set))",
+}
 #: Name -> temperature, top-p, features of the batch.
 SAMPLING = {
     "greedy": (0.0, 1.0, Feature.NONE),
@@ -212,16 +220,33 @@ def kernels(folder: str) -> Iterator[tuple[str, str, int, float]]:
             yield plane, name, counts[plane][name], microseconds
 
 
+def kind_of(kernel: str) -> str:
+    """What a kernel of a step is for, by the name that a trace has for it."""
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, kernel)), "other")
+
+
+def milliseconds_by_kind(folder: str, count: int) -> dict[str, float]:
+    """Of one of the `count` steps that a trace has, by kind_of; of several devices, the mean."""
+    totals: Counter[str] = Counter()
+    devices = set()
+    for plane, name, _, microseconds in kernels(folder):
+        if "device:" in plane:
+            devices.add(plane)
+            totals[kind_of(name)] += microseconds / 1e3
+    return {kind: total / count / len(devices) for kind, total in totals.most_common()}
+
+
 def trace(
     stepper: Stepper, layout: BatchLayout, compiled: dict[str, Any], packed: np.ndarray, out: Path, count: int = 4
-) -> None:
-    """Writes a table of the kernels of `count` steps."""
+) -> dict[str, float]:
+    """Writes a table of the kernels of `count` steps. Returns milliseconds_by_kind."""
     with tempfile.TemporaryDirectory() as folder:
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0
         with jax.profiler.trace(folder, profiler_options=options):
             stepper.run(layout, compiled, packed, count)
         write_kernels(folder, out, count)
+        return milliseconds_by_kind(folder, count)
 
 
 def write_kernels(folder: str, out: Path, count: int) -> None:
@@ -293,9 +318,10 @@ def main(argv: Sequence[str]) -> int:
             found.append(
                 {"rows": rows, "bucket": bucket, "sampling": sampling, "floor_ms": floor, **seconds, **figures}
             )
-            print(found[-1], flush=True)
             if values["trace"].value:
-                trace(stepper, layout, compiled, packed, Path(values["trace"].value) / f"{rows}_{sampling}.txt")
+                listing = Path(values["trace"].value) / f"{rows}_{sampling}.txt"
+                found[-1]["kernels_ms"] = trace(stepper, layout, compiled, packed, listing)
+            print(found[-1], flush=True)
     print(table(found))
     if values["out"].value:
         fields = {"model": values["model"].value, "context": stepper.context, "prompts": prompts}

@@ -247,3 +247,22 @@ def test_fit_records_a_refusal_and_what_was_asked(tmp_path: Path) -> None:
         fit.main(["fit", *asked])
     assert fit.main(["fit", f"--out={tmp_path / 'no.json'}", "--no_such_flag=1"]) == 2
     assert not (tmp_path / "no.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("nvjet_sm90_tst_176x128_64x5_1x2_h_bz_TNN", "products"),
+        ("gemm_fusion_dot_general_3", "products"),
+        ("block_tail_mosaic_gpu_kernel", "products"),
+        ("attention_decode_mosaic_gpu_kernel", "attention"),
+        ("all_reduce_add_norm_mosaic_gpu_kernel", "sums over devices"),
+        ("MemcpyH2D", "copies"),
+        ("Memset 0", "copies"),
+        ("memcpy32_post", "copies"),
+        ("add_norm_mosaic_gpu_kernel", "other"),
+        ("loop_multiply_fusion_1", "other"),
+    ],
+)
+def test_kernels_of_a_trace_are_told_apart(kernel: str, kind: str) -> None:
+    assert steps.kind_of(kernel) == kind
