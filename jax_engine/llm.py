@@ -12,7 +12,7 @@ from jax_engine.config import EngineConfig, Limits
 from jax_engine.engine import Engine
 from jax_engine.errors import InvalidRequest
 from jax_engine.metrics import Metrics
-from jax_engine.request import RequestOutput
+from jax_engine.request import Request, RequestOutput
 from jax_engine.router import Router
 from jax_engine.sampling_params import RequestOutputKind, SamplingParams
 from jax_engine.start import start_engines
@@ -23,7 +23,7 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 class LLM:
-    """A model for use in a script.
+    """A model for use in a script. Calls from several threads wait for each other; after Ctrl-C it can be used again.
 
     Args:
         model: see EngineConfig.model; the other fields of EngineConfig are taken by keyword.
@@ -38,6 +38,7 @@ class LLM:
         self._engine = self._engines[0]  # for what they have alike
         self._router = Router(len(self._engines), self.limits)
         self._num_requests = 0
+        self._one_call = threading.Lock()  # an engine is driven by one thread at a time
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -107,24 +108,31 @@ class LLM:
         all_params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(all_params) != len(prompts):
             raise InvalidRequest(f"{len(prompts)} prompts but {len(all_params)} sampling_params", "sampling_params")
-        requests = []
-        for prompt, own in zip(prompts, all_params, strict=True):
-            own = dataclasses.replace(own, output_kind=RequestOutputKind.FINAL_ONLY)
-            request_id = str(self._num_requests)
-            request = self._engine.make_request(request_id, prompt, own, embed=embed, cache_salt=cache_salt)  # type: ignore[arg-type]
-            requests.append(request)
-            self._num_requests += 1
+        with self._one_call:
+            requests = [
+                self._make_request(prompt, own, embed=embed, cache_salt=cache_salt)  # type: ignore[arg-type]
+                for prompt, own in zip(prompts, all_params, strict=True)
+            ]
+            outputs = self._serve(requests, use_tqdm)
+        return [outputs[request.request_id] for request in requests]
+
+    def _make_request(self, prompt: Prompt, params: SamplingParams, **options: Any) -> Request:
+        request_id = str(self._num_requests)
+        self._num_requests += 1
+        params = dataclasses.replace(params, output_kind=RequestOutputKind.FINAL_ONLY)
+        return self._engine.make_request(request_id, prompt, params, **options)
+
+    def _serve(self, requests: Sequence[Request], use_tqdm: bool) -> dict[str, RequestOutput]:
         placed = [(self._router.choose(request), request) for request in requests]
         try:
             for replica, request in placed:
                 # Seeds come in the order of the requests, so that they do not depend on the replica.
                 self._engines[replica].submit(request, seed=self._engine.draw_seed(request))
-            outputs = self._run(len(requests), use_tqdm)
+            return self._run(len(requests), use_tqdm)
         finally:
             for replica, request in placed:
                 self._router.release(replica, request)
                 self._engines[replica].abort(request.request_id)  # on an error or Ctrl-C something is left to abort
-        return [outputs[request.request_id] for request in requests]
 
     def chat(
         self,
@@ -168,9 +176,13 @@ class LLM:
         return self._generate(prompts, params, use_tqdm, embed=True)
 
     def _run(self, num_requests: int, use_tqdm: bool) -> dict[str, RequestOutput]:
+        """Drives each engine in a thread of its own, where no Ctrl-C can break off a step halfway."""
         outputs: dict[str, RequestOutput] = {}
         ended = threading.Event()
-        with tqdm(total=num_requests, desc="requests", disable=not use_tqdm) as progress:
+        with (
+            tqdm(total=num_requests, desc="requests", disable=not use_tqdm) as progress,
+            ThreadPoolExecutor(len(self._engines)) as threads,
+        ):
 
             def run(engine: Engine) -> None:
                 while engine.has_work and not ended.is_set():
@@ -178,13 +190,9 @@ class LLM:
                         outputs[output.request_id] = output
                         progress.update()
 
-            if len(self._engines) == 1:
-                run(self._engine)
-                return outputs
-            with ThreadPoolExecutor(len(self._engines)) as threads:
-                try:
-                    for running in as_completed([threads.submit(run, engine) for engine in self._engines]):
-                        running.result()
-                finally:
-                    ended.set()  # after an error or Ctrl-C the others do not go on
+            try:
+                for running in as_completed([threads.submit(run, engine) for engine in self._engines]):
+                    running.result()
+            finally:
+                ended.set()  # after an error or Ctrl-C the others do not go on
         return outputs

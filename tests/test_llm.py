@@ -1,0 +1,49 @@
+"""LLM as scripts and notebooks use it: from several threads, and with Ctrl-C in between."""
+
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from jax_engine import LLM, SamplingParams
+from tests.conftest import GOLDEN
+
+PROMPTS = [[number + 1] * (number + 3) for number in range(6)]
+PARAMS = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False)
+
+
+def _tokens(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
+    outputs = llm.generate(prompts, PARAMS, use_tqdm=False)
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    model = str(GOLDEN / "tiny/llama")
+    sizes = {"max_model_len": 64, "max_num_seqs": 4, "token_buckets": (16,), "decode_buckets": ()}
+    return LLM(model, compilation_cache_dir="", **sizes)
+
+
+def test_calls_from_several_threads_wait_for_each_other(llm):
+    wanted = _tokens(llm, PROMPTS)
+    with ThreadPoolExecutor(3) as threads:
+        answers = threads.map(lambda _: _tokens(llm, PROMPTS), range(6))
+    assert list(answers) == [wanted] * 6
+
+
+def test_ctrl_c_ends_a_call_and_the_next_one_is_served(llm, monkeypatch):
+    wanted = _tokens(llm, PROMPTS)
+    commit, steps = llm._engine._commit, []
+
+    def interrupted(*args):
+        steps.append(args)
+        if len(steps) == 3:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        return commit(*args)
+
+    monkeypatch.setattr(llm._engine, "_commit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _tokens(llm, PROMPTS)
+    assert _tokens(llm, PROMPTS) == wanted
+    llm._engine.scheduler.check()
