@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from jax_engine.config import EngineConfig, Limits
 from jax_engine.engine import Engine
-from jax_engine.errors import InvalidRequest
+from jax_engine.errors import EngineStopped, InvalidRequest
 from jax_engine.metrics import Metrics
 from jax_engine.request import Request, RequestOutput
 from jax_engine.router import Router
@@ -39,6 +39,7 @@ class LLM:
         self._router = Router(len(self._engines), self.limits)
         self._num_requests = 0
         self._one_call = threading.Lock()  # an engine is driven by one thread at a time
+        self._failure: Exception | None = None  # of a step, after which nobody knows what state the engines are in
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -90,6 +91,7 @@ class LLM:
 
         Raises:
             InvalidRequest: a prompt or parameter is wrong; none of the prompts is run.
+            EngineStopped: a step failed in a call before.
         """
         return self._generate(prompts, sampling_params, use_tqdm, cache_salt=cache_salt)
 
@@ -109,6 +111,8 @@ class LLM:
         if len(all_params) != len(prompts):
             raise InvalidRequest(f"{len(prompts)} prompts but {len(all_params)} sampling_params", "sampling_params")
         with self._one_call:
+            if self._failure is not None:
+                raise EngineStopped("a step failed in a call before; make a new LLM") from self._failure
             requests = [
                 self._make_request(prompt, own, embed=embed, cache_salt=cache_salt)  # type: ignore[arg-type]
                 for prompt, own in zip(prompts, all_params, strict=True)
@@ -149,7 +153,7 @@ class LLM:
             messages: dicts with `role` and `content`, or a list of such lists.
 
         Raises:
-            InvalidRequest: as for generate, or the model has no tokenizer.
+            InvalidRequest, EngineStopped: as for generate; or the model has no tokenizer.
             ChatTemplateError: the model has no template, or it refuses the messages.
         """
         if self.tokenizer is None:
@@ -170,7 +174,7 @@ class LLM:
         """Turns prompts into vectors: the `embedding` of each output, the prompt's last hidden state, of length 1.
 
         Raises:
-            InvalidRequest: a prompt is wrong; none of the prompts is run.
+            InvalidRequest, EngineStopped: as for generate.
         """
         params = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
         return self._generate(prompts, params, use_tqdm, embed=True)
@@ -193,6 +197,9 @@ class LLM:
             try:
                 for running in as_completed([threads.submit(run, engine) for engine in self._engines]):
                     running.result()
+            except Exception as error:
+                self._failure = error
+                raise
             finally:
                 ended.set()  # after an error or Ctrl-C the others do not go on
         return outputs

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from jax_engine import LLM, SamplingParams
+from jax_engine.errors import EngineStopped
 from tests.conftest import GOLDEN
 
 PROMPTS = [[number + 1] * (number + 3) for number in range(6)]
@@ -47,3 +48,17 @@ def test_ctrl_c_ends_a_call_and_the_next_one_is_served(llm, monkeypatch):
         _tokens(llm, PROMPTS)
     assert _tokens(llm, PROMPTS) == wanted
     llm._engine.scheduler.check()
+
+
+def test_after_a_step_that_failed_there_is_an_error_and_no_hang(llm, monkeypatch):
+    """The last test of the module: the engine is spent."""
+
+    def fail(*_):
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(llm._engine, "_commit", fail)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        _tokens(llm, PROMPTS)
+    monkeypatch.undo()
+    with pytest.raises(EngineStopped, match="make a new LLM"):
+        _tokens(llm, PROMPTS)
