@@ -284,7 +284,7 @@ def _prompt_targets(schedule: Schedule, num_tokens: int) -> np.ndarray:
     offset = 0
     for sequence, start, count, _ in schedule.rows:
         if sequence.scores_prompt:
-            following = sequence.token_ids[start + 1 : min(start + count + 1, sequence.num_prompt_tokens)]
+            following = sequence.prompt_targets(start, count)
             targets[offset : offset + len(following)] = following
         offset += count
     return targets

@@ -415,8 +415,7 @@ class Engine:
             state = self._states.get(sequence.request.request_id)
             wanted = sequence.request.sampling_params.prompt_logprobs
             if state is not None and wanted is not None and sequence.scores_prompt:
-                # The logits at position p judge the prompt token at p + 1.
-                following = sequence.token_ids[start + 1 : min(start + count + 1, sequence.num_prompt_tokens)]
+                following = sequence.prompt_targets(start, count)
                 entries = [
                     position_logprobs(token, wanted, *(part[offset + i] for part in arrays))
                     for i, token in enumerate(following)
