@@ -18,7 +18,8 @@ from jax_engine.sampling_params import RequestOutputKind, SamplingParams
 from jax_engine.start import start_engines
 from jax_engine.tokenizer import Tokenizer
 
-Prompt = str | Sequence[int]
+#: A text, token ids, or one of these in a dict as vLLM takes it: {"prompt": text} or {"prompt_token_ids": ids}.
+Prompt = str | Sequence[int] | Mapping[str, Any]
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -81,7 +82,7 @@ class LLM:
         """Completes prompts.
 
         Args:
-            prompts: texts or lists of token ids, or one of them.
+            prompts: texts, lists of token ids or dicts, or one of them; see Prompt.
             sampling_params: one for all, or one per prompt; None for the defaults.
             use_tqdm: show a progress bar.
             cache_salt: these prompts share cached prefixes only with prompts of the same salt.
@@ -104,27 +105,40 @@ class LLM:
         embed: bool = False,
         cache_salt: str | None = None,
     ) -> list[RequestOutput]:
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        if isinstance(prompts, str | Mapping) or (prompts and isinstance(prompts[0], int)):
             prompts = [prompts]  # type: ignore[list-item]
         params = sampling_params if sampling_params is not None else self.get_default_sampling_params()
-        all_params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        all_params = list(params) if isinstance(params, Sequence) else [params] * len(prompts)
         if len(all_params) != len(prompts):
             raise InvalidRequest(f"{len(prompts)} prompts but {len(all_params)} sampling_params", "sampling_params")
         with self._one_call:
             if self._failure is not None:
                 raise EngineStopped("a step failed in a call before; make a new LLM") from self._failure
-            requests = [
-                self._make_request(prompt, own, embed=embed, cache_salt=cache_salt)  # type: ignore[arg-type]
-                for prompt, own in zip(prompts, all_params, strict=True)
-            ]
+            requests = []
+            for number, (prompt, own) in enumerate(zip(prompts, all_params, strict=True)):
+                try:
+                    request = self._make_request(prompt, own, embed=embed, cache_salt=cache_salt)  # type: ignore[arg-type]
+                except InvalidRequest as error:
+                    where = f"prompt {number} of {len(prompts)}: " if len(prompts) > 1 else ""
+                    raise InvalidRequest(f"{where}{error}", error.param, error.code) from error
+                requests.append(request)
             outputs = self._serve(requests, use_tqdm)
         return [outputs[request.request_id] for request in requests]
 
     def _make_request(self, prompt: Prompt, params: SamplingParams, **options: Any) -> Request:
+        if not isinstance(params, SamplingParams):
+            raise InvalidRequest(f"SamplingParams are needed, got {type(params).__name__}", "sampling_params")
         request_id = str(self._num_requests)
         self._num_requests += 1
         params = dataclasses.replace(params, output_kind=RequestOutputKind.FINAL_ONLY)
-        return self._engine.make_request(request_id, prompt, params, **options)
+        return self._engine.make_request(request_id, _plain(prompt), params, **options)
+
+    def reset_prefix_cache(self) -> bool:
+        """Lets no later prompt use what the KV pages hold now. Returns True, as vLLM does where it could."""
+        with self._one_call:
+            for engine in self._engines:
+                engine.reset_prefix_cache()
+        return True
 
     def _serve(self, requests: Sequence[Request], use_tqdm: bool) -> dict[str, RequestOutput]:
         placed = [(self._router.choose(request), request) for request in requests]
@@ -146,11 +160,13 @@ class LLM:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[RequestOutput]:
         """Completes one conversation, or several, through the model's chat template.
 
         Args:
             messages: dicts with `role` and `content`, or a list of such lists.
+            add_generation_prompt, continue_final_message, tools: see Tokenizer.chat_prompt.
 
         Raises:
             InvalidRequest, EngineStopped: as for generate; or the model has no tokenizer.
@@ -165,6 +181,7 @@ class LLM:
                 conversation,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
+                tools=tools,
             ).token_ids
             for conversation in conversations
         ]
@@ -203,3 +220,20 @@ class LLM:
             finally:
                 ended.set()  # after an error or Ctrl-C the others do not go on
         return outputs
+
+
+def _plain(prompt: Prompt) -> str | Sequence[int]:
+    """The text or the token ids of a prompt."""
+    if isinstance(prompt, Mapping):
+        if len(prompt) != 1 or not prompt.keys() & {"prompt", "prompt_token_ids"}:
+            keys = ", ".join(map(str, prompt))
+            raise InvalidRequest(
+                f"a dict has either prompt or prompt_token_ids, and nothing else; got {keys}", "prompt"
+            )
+        [prompt] = prompt.values()
+    if not isinstance(prompt, str | Sequence):
+        kind = type(prompt).__name__
+        raise InvalidRequest(
+            f"a prompt is a text, a list of token ids or a dict with one of them; got {kind}", "prompt"
+        )
+    return prompt

@@ -11,7 +11,7 @@ from collections.abc import Sequence as AbstractSequence
 
 from jax_engine.buckets import choose_bucket, fill
 from jax_engine.config import Limits
-from jax_engine.errors import InvalidRequest
+from jax_engine.errors import prompt_too_long
 from jax_engine.page_pool import PagePool
 from jax_engine.policies import POLICIES
 from jax_engine.request import FinishReason
@@ -72,10 +72,7 @@ class Scheduler:
         """
         longest = min(self.limits.max_model_len, self.limits.most_tokens(self.limits.num_pages))
         if sequence.num_prompt_tokens >= longest:
-            raise InvalidRequest(
-                f"the prompt has {sequence.num_prompt_tokens} tokens; prompt and output together may have {longest}",
-                "prompt",
-            )
+            raise prompt_too_long(sequence.num_prompt_tokens, longest)
         sequence.max_tokens_total = min(sequence.max_tokens_total, longest)
         sequence.order = self._num_added
         self._num_added += 1
