@@ -67,6 +67,13 @@ class LLM:
         for engine in self._engines:
             engine.metrics.reset()
 
+    def reset_prefix_cache(self) -> bool:
+        """Lets no later prompt use what the KV pages hold now. Returns True, as vLLM does where it could."""
+        with self._one_call:
+            for engine in self._engines:
+                engine.reset_prefix_cache()
+        return True
+
     def get_default_sampling_params(self) -> SamplingParams:
         """What `generate` uses when it is given none: the model's generation_config, over our defaults."""
         return SamplingParams(**self._engine.sampling_defaults)
@@ -132,13 +139,6 @@ class LLM:
         self._num_requests += 1
         params = dataclasses.replace(params, output_kind=RequestOutputKind.FINAL_ONLY)
         return self._engine.make_request(request_id, _plain(prompt), params, **options)
-
-    def reset_prefix_cache(self) -> bool:
-        """Lets no later prompt use what the KV pages hold now. Returns True, as vLLM does where it could."""
-        with self._one_call:
-            for engine in self._engines:
-                engine.reset_prefix_cache()
-        return True
 
     def _serve(self, requests: Sequence[Request], use_tqdm: bool) -> dict[str, RequestOutput]:
         placed = [(self._router.choose(request), request) for request in requests]
