@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from jax_engine import StructuredOutputsParams
 from serving.errors import bad_request
 
 #: Accepted, without effect: they choose nothing about the text.
@@ -74,6 +75,11 @@ def check(fields: _Fields, known: Collection[str]) -> None:
             if not _ALLOWED_VALUES[name](value, fields):
                 raise bad_request(f"{name} is not supported with this value by this server", name, "unsupported_field")
             continue
+        form = name.removeprefix("guided_")
+        if form != name and form in StructuredOutputsParams.__dataclass_fields__ and "structured_outputs" in known:
+            way = f'"structured_outputs": {{"{form}": ...}}'
+            also = " or with response_format" if form.startswith("json") else ""
+            raise bad_request(f"{name} is an old name; ask with {way}{also}", name, "unsupported_field")
         near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.85)
         if near:
             raise bad_request(f"unknown field {name!r}; did you mean {near[0]!r}?", name, "unknown_field")

@@ -118,6 +118,27 @@ async def test_bad_completion_fields(body, param):
 
 
 @pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("guided_json", '"structured_outputs": {"json": ...} or with response_format'),
+        ("guided_regex", '"structured_outputs": {"regex": ...}'),
+        ("guided_choice", '"structured_outputs": {"choice": ...}'),
+        ("guided_grammar", '"structured_outputs": {"grammar": ...}'),
+        ("guided_whitespace_pattern", '"structured_outputs": {"whitespace_pattern": ...}'),
+    ],
+)
+async def test_an_old_name_is_refused_with_the_new_one(name, way):
+    for path, body in ((COMPLETIONS, {"prompt": "x"}), (CHAT, {"messages": MESSAGES})):
+        error = await post_for_error(FakeAsyncEngine(), path, body | {name: ["a"]})
+        assert error["message"].endswith(way) and error["param"] == name and error["code"] == "unsupported_field"
+
+
+async def test_an_old_name_is_refused_without_a_new_one_where_there_is_none():
+    error = await post_for_error(FakeAsyncEngine(), "/v1/embeddings", {"input": "x", "guided_json": {}})
+    assert "structured_outputs" not in error["message"] and error["param"] == "guided_json"
+
+
+@pytest.mark.parametrize(
     ("body", "param"),
     [
         ({"messages": []}, "messages"),
