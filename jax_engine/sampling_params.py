@@ -6,7 +6,7 @@ by changing the import. Nothing here touches a device.
 
 import enum
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from jax_engine.errors import InvalidRequest
@@ -40,9 +40,26 @@ def _check_number(name: str, value: object, low: float, high: float, allowed: st
 
 def _check_int(name: str, value: object, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidRequest(f"{name} must be an integer, got {value!r}", name)
+        raise InvalidRequest(f"{name} must be an integer in [{low}, {high}], got {value!r}", name)
     if not low <= value <= high:
         raise InvalidRequest(f"{name} must be in [{low}, {high}], got {value}", name)
+
+
+def _check_type(name: str, value: object, wanted: type, allowed: str) -> None:
+    if not isinstance(value, wanted):
+        raise InvalidRequest(f"{name} must be {allowed}, got {value!r}", name)
+
+
+def _items(name: str, value: object, allowed: str, most: int | None = None) -> tuple:
+    """The items of a list; None has none. A text is no list, though Python can walk through its letters."""
+    if value is None:
+        return ()
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        raise InvalidRequest(f"{name} must be {allowed}, got {value!r}", name)
+    items = tuple(value)
+    if most is not None and len(items) > most:
+        raise InvalidRequest(f"{name} holds {len(items)} items; at most {most} are allowed", name)
+    return items
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +97,7 @@ class SamplingParams:
         output_kind: what the outputs of a stream hold; has no meaning offline.
 
     Raises:
-        InvalidRequest: a value is out of its range; `param` names it.
+        InvalidRequest: a value has the wrong type or is out of its range; `param` names it.
     """
 
     n: int = 1
@@ -130,48 +147,58 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), 0, MAX_LOGPROBS)
-        if self.truncate_prompt_tokens is not None and self.truncate_prompt_tokens != -1:
-            _check_int("truncate_prompt_tokens", self.truncate_prompt_tokens, 1, _INT32_MAX)
+        self._check_truncation()
+        for name in ("include_stop_str_in_output", "ignore_eos", "detokenize", "skip_special_tokens"):
+            _check_type(name, getattr(self, name), bool, "True or False")
+        kinds = ", ".join(f"RequestOutputKind.{kind.name}" for kind in RequestOutputKind)
+        _check_type("output_kind", self.output_kind, RequestOutputKind, f"one of {kinds}")
+        if self.structured_outputs is not None:
+            wanted = "StructuredOutputsParams(json=...) or the like"
+            _check_type("structured_outputs", self.structured_outputs, StructuredOutputsParams, wanted)
         self._freeze_stops()
         self._freeze_biases()
         self._freeze_choices()
 
+    def _check_truncation(self) -> None:
+        keep = self.truncate_prompt_tokens
+        if keep is None or keep == -1:
+            return
+        if isinstance(keep, bool) or not isinstance(keep, int) or not 1 <= keep <= _INT32_MAX:
+            raise InvalidRequest(
+                f"truncate_prompt_tokens must be -1 or an integer in [1, {_INT32_MAX}], got {keep!r}",
+                "truncate_prompt_tokens",
+            )
+
     def _freeze_stops(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        if len(stop) > MAX_STOP_STRINGS:
-            raise InvalidRequest(f"stop holds {len(stop)} strings; at most {MAX_STOP_STRINGS} are allowed", "stop")
+        listed = [self.stop] if isinstance(self.stop, str) else self.stop
+        stop = _items("stop", listed, "a string or a list of strings", MAX_STOP_STRINGS)
         for text in stop:
             if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_STRING_CHARS:
                 raise InvalidRequest(f"each stop must be a string of 1 to {MAX_STOP_STRING_CHARS} characters", "stop")
         if stop and not self.detokenize:
             raise InvalidRequest("stop strings need detokenize=True", "stop")
-        ids = tuple(self.stop_token_ids or ())
-        if len(ids) > MAX_STOP_TOKEN_IDS:
-            raise InvalidRequest(
-                f"stop_token_ids holds {len(ids)} ids; at most {MAX_STOP_TOKEN_IDS} are allowed", "stop_token_ids"
-            )
+        ids = _items("stop_token_ids", self.stop_token_ids, "a list of token ids", MAX_STOP_TOKEN_IDS)
         for token in ids:
             _check_int("stop_token_ids", token, 0, _INT32_MAX)
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", ids)
 
     def _freeze_biases(self) -> None:
+        if self.logit_bias is not None:
+            _check_type("logit_bias", self.logit_bias, Mapping, "a dict of token id -> bias")
         biases = dict(self.logit_bias or {})
         if len(biases) > MAX_LOGIT_BIASES:
             raise InvalidRequest(
                 f"logit_bias holds {len(biases)} tokens; at most {MAX_LOGIT_BIASES} are allowed", "logit_bias"
             )
         for token, value in biases.items():
-            _check_int("logit_bias", token, 0, _INT32_MAX)
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token <= _INT32_MAX:
+                raise InvalidRequest(f"the keys of logit_bias must be token ids, got {token!r}", "logit_bias")
             _check_number("logit_bias", value, -100, 100, "[-100, 100]")
         object.__setattr__(self, "logit_bias", biases)
 
     def _freeze_choices(self) -> None:
-        words = tuple(self.bad_words or ())
-        if len(words) > MAX_BAD_WORDS:
-            raise InvalidRequest(
-                f"bad_words holds {len(words)} words; at most {MAX_BAD_WORDS} are allowed", "bad_words"
-            )
+        words = _items("bad_words", self.bad_words, "a list of words", MAX_BAD_WORDS)
         for word in words:
             if not isinstance(word, str) or not 0 < len(word.strip()) <= len(word) <= MAX_BAD_WORD_CHARS:
                 raise InvalidRequest(
@@ -179,7 +206,7 @@ class SamplingParams:
                 )
         object.__setattr__(self, "bad_words", words)
         if self.allowed_token_ids is not None:
-            ids = tuple(self.allowed_token_ids)
+            ids = _items("allowed_token_ids", self.allowed_token_ids, "a list of token ids")
             if not ids:
                 raise InvalidRequest("allowed_token_ids is empty, so no token could be chosen", "allowed_token_ids")
             for token in ids:

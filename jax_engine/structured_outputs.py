@@ -4,7 +4,7 @@ Part of SamplingParams; grammar.py compiles it. Field names are vLLM's. Nothing 
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ class StructuredOutputsParams:
             40 blanks: a model that loves white space could else write nothing but.
 
     Raises:
-        InvalidRequest: none or several are given, or one is too large.
+        InvalidRequest: none or several are given, or one has the wrong type or is too large.
     """
 
     json: str | Mapping[str, Any] | bool | None = None
@@ -56,6 +56,9 @@ class StructuredOutputsParams:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, str) and value):
                 raise InvalidRequest(f"structured_outputs.{name} must be a text that is not empty", _PARAM)
+        for name in ("json_object", "disable_any_whitespace"):
+            if not isinstance(getattr(self, name), bool | None):
+                raise InvalidRequest(f"structured_outputs.{name} must be True or False", _PARAM)
         if self.choice is not None:
             self._freeze_choice(self.choice)
         if self.json is not None:
@@ -70,7 +73,8 @@ class StructuredOutputsParams:
         return ("json",) if self.json is False else ()
 
     def _freeze_choice(self, choice: Sequence[str]) -> None:
-        texts = () if isinstance(choice, str) else tuple(choice)
+        listed = isinstance(choice, Iterable) and not isinstance(choice, str | bytes | Mapping)
+        texts = tuple(choice) if listed else ()
         if not 0 < len(texts) <= MAX_CHOICES or not all(isinstance(text, str) and text for text in texts):
             raise InvalidRequest(
                 f"structured_outputs.choice must be 1 to {MAX_CHOICES} texts that are not empty", _PARAM
