@@ -16,7 +16,7 @@ from jax_engine.request import Request, RequestOutput
 from jax_engine.router import Router
 from jax_engine.sampling_params import RequestOutputKind, SamplingParams
 from jax_engine.start import start_engines
-from jax_engine.tokenizer import Tokenizer
+from jax_engine.tokenizer import TextTokenizer, Tokenizer
 
 #: A text, token ids, or one of these in a dict as vLLM takes it: {"prompt": text} or {"prompt_token_ids": ids}.
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -46,6 +46,16 @@ class LLM:
     def tokenizer(self) -> Tokenizer | None:
         """The model's tokenizer, or None."""
         return self._engine.tokenizer
+
+    def get_tokenizer(self) -> TextTokenizer:
+        """The model's tokenizer.
+
+        Raises:
+            InvalidRequest: it has none.
+        """
+        if not isinstance(self.tokenizer, TextTokenizer):
+            raise InvalidRequest("the model has no tokenizer: there are token ids only")
+        return self.tokenizer
 
     @property
     def limits(self) -> Limits:
@@ -172,12 +182,11 @@ class LLM:
             InvalidRequest, EngineStopped: as for generate; or the model has no tokenizer.
             ChatTemplateError: the model has no template, or it refuses the messages.
         """
-        if self.tokenizer is None:
-            raise InvalidRequest("the model has no tokenizer, so it cannot chat", "messages")
+        tokenizer = self.get_tokenizer()
         one = bool(messages) and isinstance(messages[0], Mapping)
         conversations = cast(Sequence[Messages], [messages] if one else messages)
         prompts = [
-            self.tokenizer.chat_prompt(
+            tokenizer.chat_prompt(
                 conversation,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,

@@ -285,6 +285,31 @@ class TextTokenizer:
         )
         return ChatPrompt(rendered.restore(rendered.text), self._encode_rendered(rendered))
 
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        tokenize: bool = True,
+        **template_kwargs: Any,
+    ) -> list[int] | str:
+        """`chat_prompt` with the name and the defaults that it has in transformers.
+
+        Args:
+            tokenize: return token ids; else the text, in which nobody can tell any more whether a special token was
+                the template's or a user's.
+        """
+        chat = self.chat_prompt(
+            conversation,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            **template_kwargs,
+        )
+        return chat.token_ids if tokenize else chat.text
+
     def _encode_rendered(self, rendered: Rendered) -> list[int]:
         """The template's special tokens as such; between them, with what callers wrote put back, plain text."""
         encoding = _encode(self._tokenizer, rendered.text, add_special_tokens=False)

@@ -74,6 +74,17 @@ def test_golden_answers_in_bulk(make_llm, golden_cases, scheduling):
         check(output, case)
 
 
+def test_a_script_can_apply_the_chat_template_itself(make_llm, golden_cases):
+    case = next(case for case in golden_cases if case["kind"] == "chat")
+    llm = make_llm("async")
+    tokenizer = llm.get_tokenizer()
+    prompt = tokenizer.apply_chat_template(case.messages, add_generation_prompt=True)
+    assert prompt == case["prompt_ids"]
+    text = tokenizer.apply_chat_template(case.messages, tokenize=False, add_generation_prompt=True)
+    assert tokenizer.encode(text) == prompt
+    assert len(tokenizer.apply_chat_template(case.messages)) < len(prompt), "no turn is begun unless asked for"
+
+
 def test_conversations_in_bulk(make_llm, golden_cases):
     cases = [case for case in golden_cases if case["kind"] == "chat" and len(case["output_ids"]) < 40]
     outputs = make_llm("async").chat([case.messages for case in cases], PARAMS, use_tqdm=False)

@@ -76,6 +76,13 @@ def test_bad_calls_are_told_what_is_wrong(llm, prompts, params, message):
     assert not llm._engine.has_work
 
 
+def test_the_tokenizer_is_had_as_in_vllm(llm):
+    with pytest.raises(InvalidRequest, match="the model has no tokenizer"):
+        llm.get_tokenizer()
+    with pytest.raises(InvalidRequest, match="the model has no tokenizer"):
+        llm.chat([{"role": "user", "content": "hi"}])
+
+
 def test_the_prefix_cache_can_be_emptied(llm):
     prompt = [list(range(40))]
     llm.generate(prompt, PARAMS, use_tqdm=False)
