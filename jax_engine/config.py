@@ -63,7 +63,9 @@ class EngineConfig:
     max_num_seqs: int | None = _option(None, "Most sequences in one step. Default: 32 on CPU, else 256.")
     max_num_batched_tokens: int | None = _option(None, "Token budget of one step. Default: 512 on CPU, else 8192.")
     page_size: int | None = _option(None, "Tokens in one KV page; a power of two. Default: 16 on a CPU, else 64.")
-    num_pages: int | None = _option(None, "KV pages of each replica. Default: as many as fit into free memory.")
+    num_pages: int | None = _option(
+        None, "KV pages of each replica. Default: as many as fit into free memory; on a CPU 1 to 4 GiB of them."
+    )
     gpu_memory_utilization: float = _option(0.9, "Share of the device's memory that weights, pool and steps may use.")
     scheduling: str = _option(
         "async", "static: whole batches. sync: join and leave every step. async: sync, run ahead."

@@ -44,8 +44,10 @@ from jax_engine.xla_flags import set_xla_flags
 
 _log = logging.getLogger(__name__)
 
-#: KV pools on a CPU share its memory with everything else that runs there.
+#: KV pools on a CPU share its memory with everything else that runs there, and take all of theirs at start.
 _MAX_CPU_POOL_BYTES = 4 << 30
+#: Below this a smaller pool saves too little to make a sequence wait for it.
+_MIN_CPU_POOL_BYTES = 1 << 30
 
 
 class StepHandle:
@@ -288,17 +290,21 @@ class ModelRunner:
         return find_scales(program, self._program.kv_dtype, self.limits, self.weights, self._put, empty)
 
     def _num_pages_that_fit(self, config: EngineConfig, devices: list[Any]) -> int:
-        """As many pages as free memory holds, but no more than the sequences could ever use."""
+        """As many pages as free memory holds, but no more than sequences could ever use; on a CPU, are likely to."""
         limits = resolve(config, self.model_config, platform=self.platform, num_pages=1)
         useful = limits.max_num_seqs * limits.full_pages
+        size = self._program.page_bytes(limits.page_size)
         if self.platform == "cpu":
-            free = _cpu_pool_bytes() // (len(devices) * config.data_parallel_size)
+            pools = len(devices) * config.data_parallel_size
+            free = _cpu_pool_bytes() // pools
+            # Few sequences are as long as they may be: with 32 of 8,192 tokens this is room for 1,024 of each.
+            enough = max(useful // 8, limits.full_pages, _MIN_CPU_POOL_BYTES // pools // size)
+            useful = min(useful, enough)
         else:
             own = [device for device in devices if device.process_index == jax.process_index()]
             free = min(_free_bytes(device, config.gpu_memory_utilization) for device in own)
             free -= self._activation_bytes(limits)
         free -= self._program.slot_bytes(limits)
-        size = self._program.page_bytes(limits.page_size)
         if free < size:
             raise ConfigError(
                 f"no memory is left for the KV pool: a page takes {size} bytes, {free} are free; "

@@ -1,9 +1,11 @@
 """LLM as scripts and notebooks use it: from several threads, and with Ctrl-C in between."""
 
+import dataclasses
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import pytest
 
 from jax_engine import LLM, EngineStopped, InvalidRequest, SamplingParams
@@ -81,6 +83,19 @@ def test_the_tokenizer_is_had_as_in_vllm(llm):
         llm.get_tokenizer()
     with pytest.raises(InvalidRequest, match="the model has no tokenizer"):
         llm.chat([{"role": "user", "content": "hi"}])
+
+
+@pytest.mark.parametrize(
+    ("max_num_seqs", "least", "pages"),
+    [(4, 1000, 32), (4, 0, 8), (128, 0, 128), (128, 200, 200)],
+    ids=["all that can be used", "one whole sequence", "an eighth of what can be used", "the least"],
+)
+def test_a_pool_on_a_cpu_takes_what_is_likely_to_be_used(llm, monkeypatch, max_num_seqs, least, pages):
+    """The model's pages are of 8 tokens, 8 for a whole sequence."""
+    runner = llm._engine._runner
+    monkeypatch.setattr("jax_engine.model_runner._MIN_CPU_POOL_BYTES", least * runner._program.page_bytes(8))
+    config = dataclasses.replace(llm.config, max_num_seqs=max_num_seqs, token_buckets=(128,))
+    assert runner._num_pages_that_fit(config, jax.devices()[:1]) == pages
 
 
 def test_the_prefix_cache_can_be_emptied(llm):
