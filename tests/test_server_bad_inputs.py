@@ -164,6 +164,8 @@ BOUNDS = {
     "echo": ([True, False], [1, "yes"]),
     "suffix": (["", None], ["x"]),
     "best_of": ([1, None], [2]),
+    "length_penalty": ([1, 1.0, None], [0.5]),
+    "logits_processors": ([[], None], [["a"]]),
     "user": (["someone", None], [3, "x" * 513]),
     "cache_salt": (["salt"], ["", 3, "x" * 257]),
     "structured_outputs": ([None], [{}, {"regex": 3}, {"regex": "["}, {"json": {"type": "wizard"}}, {"choice": [1]}]),
