@@ -4,9 +4,12 @@ Everything is frozen and derived once, at start; nothing is written later. Nothi
 """
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
+
+import msgspec
 
 from jax_engine.errors import ConfigError
 from jax_engine.model_config import ModelConfig
@@ -32,7 +35,7 @@ class EngineConfig:
     """The operator's choices. A value of None means: derived from model and device.
 
     Raises:
-        ConfigError: a value is out of range.
+        ConfigError: a value has the wrong type or is out of range.
     """
 
     model: str = _option(
@@ -111,6 +114,7 @@ class EngineConfig:
     )
 
     def __post_init__(self) -> None:
+        self._check_types()
         self._check_choice("scheduling", SCHEDULING_MODES)
         self._check_choice("policy", SCHEDULING_POLICIES)
         self._check_choice("preemption_mode", PREEMPTION_MODES)
@@ -146,11 +150,19 @@ class EngineConfig:
         self._check_group()
         for name in ("token_buckets", "decode_buckets"):
             value = getattr(self, name)
-            if value is not None:
-                value = tuple(int(size) for size in value)
-                if any(size < 1 for size in value) or list(value) != sorted(set(value)):
-                    raise ConfigError(f"{name} must be increasing positive sizes, got {value}")
-                object.__setattr__(self, name, value)
+            if value is not None and (any(size < 1 for size in value) or list(value) != sorted(set(value))):
+                raise ConfigError(f"{name} must be increasing positive sizes, got {value}")
+
+    def _check_types(self) -> None:
+        """Takes lists for tuples, and paths for texts."""
+        for option in fields(self):
+            value = getattr(self, option.name)
+            try:
+                value = msgspec.convert(os.fspath(value) if isinstance(value, os.PathLike) else value, option.type)
+            except msgspec.ValidationError:
+                kind = option.type.__name__ if isinstance(option.type, type) else option.type
+                raise ConfigError(f"{option.name} must be of type {kind}, got {value!r}") from None
+            object.__setattr__(self, option.name, value)
 
     def _check_scheduling(self) -> None:
         for name in (
