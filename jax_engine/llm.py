@@ -4,7 +4,7 @@ import dataclasses
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 from tqdm import tqdm
 
@@ -122,7 +122,7 @@ class LLM:
         embed: bool = False,
         cache_salt: str | None = None,
     ) -> list[RequestOutput]:
-        if isinstance(prompts, str | Mapping) or (prompts and isinstance(prompts[0], int)):
+        if not _is_list(prompts) or (prompts and isinstance(prompts[0], int)):
             prompts = [prompts]  # type: ignore[list-item]
         params = sampling_params if sampling_params is not None else self.get_default_sampling_params()
         all_params = list(params) if isinstance(params, Sequence) else [params] * len(prompts)
@@ -171,28 +171,29 @@ class LLM:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Completes one conversation, or several, through the model's chat template.
 
         Args:
             messages: dicts with `role` and `content`, or a list of such lists.
             add_generation_prompt, continue_final_message, tools: see Tokenizer.chat_prompt.
+            chat_template_kwargs: further names for the template, such as enable_thinking.
 
         Raises:
             InvalidRequest, EngineStopped: as for generate; or the model has no tokenizer.
             ChatTemplateError: the model has no template, or it refuses the messages.
         """
         tokenizer = self.get_tokenizer()
-        one = bool(messages) and isinstance(messages[0], Mapping)
-        conversations = cast(Sequence[Messages], [messages] if one else messages)
         prompts = [
             tokenizer.chat_prompt(
                 conversation,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 tools=tools,
+                **(chat_template_kwargs or {}),
             ).token_ids
-            for conversation in conversations
+            for conversation in _conversations(messages)
         ]
         return self.generate(prompts, sampling_params, use_tqdm)
 
@@ -229,6 +230,21 @@ class LLM:
             finally:
                 ended.set()  # after an error or Ctrl-C the others do not go on
         return outputs
+
+
+def _conversations(messages: Messages | Sequence[Messages]) -> Sequence[Messages]:
+    """A list of conversations, of which one may have been given by itself."""
+    conversations = [messages] if _is_list(messages) and messages and isinstance(messages[0], Mapping) else messages
+    if not _is_list(conversations) or not all(map(_is_list, conversations)):
+        raise InvalidRequest(
+            f"messages are a list of dicts with role and content, or a list of such lists; got {messages!r:.100}",
+            "messages",
+        )
+    return cast(Sequence[Messages], conversations)
+
+
+def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def _plain(prompt: Prompt) -> str | Sequence[int]:

@@ -33,7 +33,7 @@ class RequestOutputKind(enum.Enum):
 
 def _check_number(name: str, value: object, low: float, high: float, allowed: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise InvalidRequest(f"{name} must be a finite number, got {value!r}; allowed: {allowed}", name)
+        raise InvalidRequest(f"{name} must be a finite int or float, got {value!r}; allowed: {allowed}", name)
     if not low <= value <= high:
         raise InvalidRequest(f"{name} must be in {allowed}, got {value!r}", name)
 

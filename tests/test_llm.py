@@ -6,9 +6,13 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
+import numpy as np
 import pytest
+import tokenizers
 
 from jax_engine import LLM, EngineStopped, InvalidRequest, SamplingParams
+from jax_engine.testing.byte_tokenizer import byte_text_tokenizer
+from jax_engine.tokenizer import TextTokenizer
 from tests.conftest import GOLDEN
 
 PROMPTS = [[number + 1] * (number + 3) for number in range(6)]
@@ -68,6 +72,9 @@ def test_prompts_in_the_forms_of_vllm(llm):
         ([[1], [], [2]], PARAMS, "prompt 1 of 3: the prompt is empty"),
         ({"prompt": "a", "image": "b"}, PARAMS, "got prompt, image"),
         ([None], PARAMS, "got NoneType"),
+        (None, PARAMS, "got NoneType"),
+        (5, PARAMS, "got int"),
+        (np.arange(3), PARAMS, "got ndarray"),
         ([[1]], {"temperature": 0}, "SamplingParams are needed, got dict"),
         ([[1] * 64], PARAMS, "maximum context length is 64 tokens"),
     ],
@@ -76,6 +83,23 @@ def test_bad_calls_are_told_what_is_wrong(llm, prompts, params, message):
     with pytest.raises(InvalidRequest, match=message):
         llm.generate(prompts, params, use_tqdm=False)
     assert not llm._engine.has_work
+
+
+@pytest.mark.parametrize("messages", [None, 5, "hi", ["hi"], {"role": "user", "content": "hi"}, [[], None]])
+def test_what_is_no_conversation_is_told_so(llm, monkeypatch, messages):
+    monkeypatch.setattr(llm._engine, "tokenizer", byte_text_tokenizer())
+    with pytest.raises(InvalidRequest, match="a list of dicts with role and content"):
+        llm.chat(messages, PARAMS, use_tqdm=False)
+
+
+def test_the_template_is_given_further_names(llm, monkeypatch):
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}{{ tail }}"
+    tokenizer = TextTokenizer(
+        tokenizers.Tokenizer.from_str(byte_text_tokenizer().packed().json), chat_template=template
+    )
+    monkeypatch.setattr(llm._engine, "tokenizer", tokenizer)
+    [output] = llm.chat([{"role": "user", "content": "a"}], PARAMS, use_tqdm=False, chat_template_kwargs={"tail": "bc"})
+    assert output.prompt_token_ids == list(b"abc")
 
 
 def test_the_tokenizer_is_had_as_in_vllm(llm):
