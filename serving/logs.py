@@ -60,5 +60,6 @@ def set_up(level: str, format: str) -> None:
     handler.setFormatter(JsonFormatter() if format == "json" else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler])
     if level == "info":
-        # Says at this level which platforms it did not find.
-        logging.getLogger("jax").setLevel(logging.WARNING)
+        # They say at this level which platforms jax did not find, and each step of Orbax's reading and writing.
+        for name in ("jax", "absl"):
+            logging.getLogger(name).setLevel(logging.WARNING)

@@ -98,6 +98,10 @@ def test_sampling_flags_become_parameters():
         (["serve", "--token_buckets=8,x"], "jax-engine: flag --token_buckets=8,x: 'x' is not a whole number"),
         (["serve", "--drain_timeout_s=soon"], "jax-engine: flag --drain_timeout_s=soon: 'soon' is not a number"),
         (["serve", "a", "b"], "jax-engine: one model is expected, got 'a b' beside the flags"),
+        (
+            ["generate", "a", "b"],
+            "jax-engine: one model is expected, got 'a b' beside the flags; a text to continue is given with --prompt",
+        ),
         (["generate"], "jax-engine: nothing to continue: give --prompt or --prompt_file"),
         (["chat", "--n=2"], "jax-engine: a conversation has one answer per turn: --n must be 1"),
     ],

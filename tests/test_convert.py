@@ -43,6 +43,14 @@ def test_a_converted_model_is_the_same_bit_for_bit(tmp_path, capsys, flags, dtyp
         assert value.dtype == got[name].dtype and value.tobytes() == got[name].tobytes()
 
 
+def test_the_log_of_a_conversion_is_one_line(tmp_path):
+    command = [sys.executable, "-m", "serving.cli", "convert", str(TINY), f"--out={tmp_path / 'out'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0
+    [line] = [line for line in done.stderr.splitlines() if " INFO " in line]
+    assert " INFO jax_engine.convert: " in line
+
+
 def test_what_cannot_be_converted_is_told(tmp_path, capsys):
     assert main(["convert", str(TINY)]) == 2
     assert "--out" in capsys.readouterr().err

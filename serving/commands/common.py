@@ -55,7 +55,8 @@ def parse(flag_values: absl_flags.FlagValues, command: str, about: str, argv: Se
         print(f"usage: jax-engine {command} [MODEL] [--flag=value ...]\n\n{about}\n{flags.listing(flag_values)}")
         return False
     if len(positional) > 1 or (positional and flag_values["model"].present):
-        raise flags.UsageError(f"one model is expected, got {' '.join(positional)!r} beside the flags")
+        hint = "; a text to continue is given with --prompt" if "prompt" in flag_values else ""
+        raise flags.UsageError(f"one model is expected, got {' '.join(positional)!r} beside the flags{hint}")
     if positional:
         flag_values["model"].parse(positional[0])
         flag_values["model"].using_default_value = False
