@@ -84,7 +84,7 @@ def _open(name: str, extra: str, **description: Any) -> list[Any]:
         raise ConfigError(
             f"target {name!r} cannot be compiled for: {reason}. "
             f"Known: {', '.join((*ONE_CHIP, *SEVERAL_CHIPS, *GPUS))}. "
-            f"Its compiler is in the extra `{extra}`: pip install 'jax-engine[{extra}]'"
+            f"Its compiler is in the extra `{extra}`: pip install '.[{extra}]'"
         ) from None
 
 

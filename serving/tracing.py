@@ -130,7 +130,7 @@ def _latencies(metrics: RequestMetrics, ended: float) -> dict[str, float]:
 
 
 def _missing() -> ConfigError:
-    return ConfigError("--otel needs OpenTelemetry, which is not installed: pip install 'jax-engine[otel]'")
+    return ConfigError("--otel needs OpenTelemetry, which is not installed: pip install '.[otel]'")
 
 
 def _exporter() -> Any:

@@ -29,7 +29,7 @@ from pallas_kernels.ragged_paged_attention.gpu_tiles import HOPPER
 
 pytestmark = pytest.mark.skipif(
     not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)),
-    reason="needs the CUDA compilers: pip install 'jax-engine[gpu]'",
+    reason="needs the CUDA compilers: pip install '.[gpu]'",
 )
 
 LAYERS, PAGES = 2, 4096

@@ -35,7 +35,7 @@ from pallas_kernels.ragged_paged_attention.tpu_tiles import tiles_for
 from serving import cli
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: pip install 'jax-engine[tpu]'"
+    importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: pip install '.[tpu]'"
 )
 
 #: One chip of each generation, the oldest that is tested first.

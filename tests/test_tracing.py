@@ -104,7 +104,7 @@ def test_without_the_extra_the_flag_says_what_to_install(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", absent)
-    with pytest.raises(ConfigError, match=r"jax-engine\[otel\]"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[otel\]'"):
         create_app(FakeAsyncEngine(), AppSettings(otel=True))
 
 
