@@ -6,7 +6,7 @@ Takes requests in, chooses a replica for each, and stands before all of them as 
 import asyncio
 import functools
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence as AbstractSequence
+from collections.abc import AsyncIterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,11 +16,12 @@ from jax_engine.engine import Engine
 from jax_engine.engine_thread import EngineThread, send
 from jax_engine.engine_view import EngineView, look
 from jax_engine.errors import EngineError, EngineStopped, InvalidRequest, QueueFull
+from jax_engine.intake import Prompt
 from jax_engine.metrics import Gauges, Metrics
 from jax_engine.output_stream import OutputSink, OutputStream
 from jax_engine.request import Request, RequestOutput
 from jax_engine.router import Router
-from jax_engine.sampling_params import SamplingParams, embedding_params
+from jax_engine.sampling_params import SamplingParams, checked, embedding_params
 from jax_engine.start import start_engines
 from jax_engine.tokenizer import Tokenizer
 
@@ -119,7 +120,7 @@ class AsyncEngine:
 
     async def generate(
         self,
-        prompt: str | AbstractSequence[int],
+        prompt: Prompt,
         sampling_params: SamplingParams,
         request_id: str | None = None,
         *,
@@ -140,7 +141,10 @@ class AsyncEngine:
             SlowReader: after the outputs that were in time.
         """
         stream = OutputStream(
-            request_id or uuid.uuid4().hex, sampling_params.output_kind, self.config.max_unread_outputs, self.close
+            request_id or uuid.uuid4().hex,
+            checked(sampling_params).output_kind,
+            self.config.max_unread_outputs,
+            self.close,
         )
         done = False
         try:
@@ -157,7 +161,7 @@ class AsyncEngine:
     async def submit(
         self,
         sink: OutputSink,
-        prompt: str | AbstractSequence[int],
+        prompt: Prompt,
         sampling_params: SamplingParams,
         priority: int = 0,
         *,
@@ -211,7 +215,7 @@ class AsyncEngine:
         """What the engine shows of itself, with what happened in the last `seconds`."""
         return await asyncio.to_thread(look, self, seconds) if seconds else look(self, 0.0)
 
-    async def embed(self, prompt: str | AbstractSequence[int], *, truncate: bool = False) -> RequestOutput:
+    async def embed(self, prompt: Prompt, *, truncate: bool = False) -> RequestOutput:
         """The output that holds a prompt's `embedding`. truncate: keep the end of a prompt that is too long.
 
         Raises:

@@ -4,7 +4,8 @@ The engine has one; its `make_request` may be called from any thread. It looks a
 can take is request_queue.py's matter.
 """
 
-from collections.abc import Callable, Iterable, Sequence as AbstractSequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from jax_engine.config import Limits
 from jax_engine.constraints import MAX_BAN_TOKENS
@@ -13,6 +14,9 @@ from jax_engine.grammar import Grammar, GrammarCompiler
 from jax_engine.request import MAX_NAME_CHARS, Request
 from jax_engine.sampling_params import SamplingParams
 from jax_engine.tokenizer import Tokenizer
+
+#: A text, token ids, or one of these in a dict as vLLM takes it: {"prompt": text} or {"prompt_token_ids": ids}.
+Prompt = str | Sequence[int] | Mapping[str, Any]
 
 
 class Intake:
@@ -42,7 +46,7 @@ class Intake:
     def make_request(
         self,
         request_id: str,
-        prompt: str | AbstractSequence[int],
+        prompt: Prompt,
         params: SamplingParams,
         priority: int = 0,
         *,
@@ -56,6 +60,7 @@ class Intake:
         Raises:
             InvalidRequest: this engine could never serve it.
         """
+        prompt = _plain(prompt)
         if isinstance(prompt, str):
             if self._tokenizer is None:
                 raise InvalidRequest("the model has no tokenizer: give the prompt as token ids", "prompt")
@@ -129,3 +134,20 @@ class Intake:
                 raise InvalidRequest(f"{name}: token ids are integers in [0, {self._vocab_size}), got {wrong!r}", name)
         if params.stop and self._tokenizer is None:
             raise InvalidRequest("the model has no tokenizer: stop strings cannot be found", "stop")
+
+
+def _plain(prompt: Prompt) -> str | Sequence[int]:
+    """The text or the token ids of a prompt."""
+    if isinstance(prompt, Mapping):
+        if len(prompt) != 1 or not prompt.keys() & {"prompt", "prompt_token_ids"}:
+            keys = ", ".join(map(str, prompt))
+            raise InvalidRequest(
+                f"a dict has either prompt or prompt_token_ids, and nothing else; got {keys}", "prompt"
+            )
+        [prompt] = prompt.values()
+    if not isinstance(prompt, str | Sequence):
+        kind = type(prompt).__name__
+        raise InvalidRequest(
+            f"a prompt is a text, a list of token ids or a dict with one of them; got {kind}", "prompt"
+        )
+    return prompt

@@ -11,15 +11,14 @@ from tqdm import tqdm
 from jax_engine.config import EngineConfig, Limits
 from jax_engine.engine import Engine
 from jax_engine.errors import EngineStopped, InvalidRequest
+from jax_engine.intake import Prompt
 from jax_engine.metrics import Metrics
 from jax_engine.request import Request, RequestOutput
 from jax_engine.router import Router
-from jax_engine.sampling_params import RequestOutputKind, SamplingParams
+from jax_engine.sampling_params import RequestOutputKind, SamplingParams, checked
 from jax_engine.start import start_engines
 from jax_engine.tokenizer import TextTokenizer, Tokenizer
 
-#: A text, token ids, or one of these in a dict as vLLM takes it: {"prompt": text} or {"prompt_token_ids": ids}.
-Prompt = str | Sequence[int] | Mapping[str, Any]
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -125,7 +124,7 @@ class LLM:
         if not _is_list(prompts) or (prompts and isinstance(prompts[0], int)):
             prompts = [prompts]  # type: ignore[list-item]
         params = sampling_params if sampling_params is not None else self.get_default_sampling_params()
-        all_params = list(params) if isinstance(params, Sequence) else [params] * len(prompts)
+        all_params = list(params) if _is_list(params) else [params] * len(prompts)
         if len(all_params) != len(prompts):
             raise InvalidRequest(f"{len(prompts)} prompts but {len(all_params)} sampling_params", "sampling_params")
         with self._one_call:
@@ -143,12 +142,10 @@ class LLM:
         return [outputs[request.request_id] for request in requests]
 
     def _make_request(self, prompt: Prompt, params: SamplingParams, **options: Any) -> Request:
-        if not isinstance(params, SamplingParams):
-            raise InvalidRequest(f"SamplingParams are needed, got {type(params).__name__}", "sampling_params")
         request_id = str(self._num_requests)
         self._num_requests += 1
-        params = dataclasses.replace(params, output_kind=RequestOutputKind.FINAL_ONLY)
-        return self._engine.make_request(request_id, _plain(prompt), params, **options)
+        params = dataclasses.replace(checked(params), output_kind=RequestOutputKind.FINAL_ONLY)
+        return self._engine.make_request(request_id, prompt, params, **options)
 
     def _serve(self, requests: Sequence[Request], use_tqdm: bool) -> dict[str, RequestOutput]:
         placed = [(self._router.choose(request), request) for request in requests]
@@ -245,20 +242,3 @@ def _conversations(messages: Messages | Sequence[Messages]) -> Sequence[Messages
 
 def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
     return isinstance(value, Sequence) and not isinstance(value, str)
-
-
-def _plain(prompt: Prompt) -> str | Sequence[int]:
-    """The text or the token ids of a prompt."""
-    if isinstance(prompt, Mapping):
-        if len(prompt) != 1 or not prompt.keys() & {"prompt", "prompt_token_ids"}:
-            keys = ", ".join(map(str, prompt))
-            raise InvalidRequest(
-                f"a dict has either prompt or prompt_token_ids, and nothing else; got {keys}", "prompt"
-            )
-        [prompt] = prompt.values()
-    if not isinstance(prompt, str | Sequence):
-        kind = type(prompt).__name__
-        raise InvalidRequest(
-            f"a prompt is a text, a list of token ids or a dict with one of them; got {kind}", "prompt"
-        )
-    return prompt

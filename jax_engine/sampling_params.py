@@ -231,6 +231,17 @@ class SamplingParams:
         return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
 
 
+def checked(params: object) -> SamplingParams:
+    """What a caller gave as SamplingParams.
+
+    Raises:
+        InvalidRequest: it is something else.
+    """
+    if not isinstance(params, SamplingParams):
+        raise InvalidRequest(f"SamplingParams are needed, got {type(params).__name__}", "sampling_params")
+    return params
+
+
 def embedding_params(truncate: bool) -> SamplingParams:
     """Of a request that only wants an embedding. truncate: keep the end of a prompt that is too long."""
     return SamplingParams(

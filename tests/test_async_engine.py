@@ -114,7 +114,16 @@ async def test_a_request_id_is_used_once_at_a_time(engine):
 async def test_bad_requests_fail_before_any_output(engine):
     with pytest.raises(InvalidRequest, match="empty"):
         await anext(engine.generate([], params()))
+    with pytest.raises(InvalidRequest, match="got NoneType"):
+        await anext(engine.generate(None, params()))
+    with pytest.raises(InvalidRequest, match="SamplingParams are needed, got dict"):
+        await anext(engine.generate(PROMPT, {"temperature": 0}))
     assert engine.num_requests == 0
+
+
+async def test_prompts_in_the_forms_of_vllm(engine):
+    outputs = [output async for output in engine.generate({"prompt_token_ids": PROMPT}, params(max_tokens=2))]
+    assert outputs[-1].prompt_token_ids == list(PROMPT)
 
 
 def with_one_slot(engine):

@@ -75,6 +75,7 @@ def test_prompts_in_the_forms_of_vllm(llm):
         (None, PARAMS, "got NoneType"),
         (5, PARAMS, "got int"),
         (np.arange(3), PARAMS, "got ndarray"),
+        ([[1], [2]], "greedy", "SamplingParams are needed, got str"),
         ([[1]], {"temperature": 0}, "SamplingParams are needed, got dict"),
         ([[1] * 64], PARAMS, "maximum context length is 64 tokens"),
     ],
