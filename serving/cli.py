@@ -77,6 +77,7 @@ def _overview() -> str:
             *lines,
             "",
             "`jax-engine COMMAND --help` lists the flags of a command; `jax-engine --version` says which this is.",
+            "Flags may be written with - or with _; --no-NAME is --NAME=false.",
         ]
     )
 

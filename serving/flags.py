@@ -190,7 +190,8 @@ def listing(flag_values: flags.FlagValues) -> str:
 
 
 def _underscored(flag_values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
-    """Flags that are known when written with underscores are written so; values stay as they are."""
+    """Flags that are known when written with underscores, or with no- before them, are written as absl has them; values
+    stay as they are."""
     known = set(flag_values)
     result = []
     for index, argument in enumerate(argv):
@@ -198,6 +199,8 @@ def _underscored(flag_values: flags.FlagValues, argv: Sequence[str]) -> list[str
             return [*result, *argv[index:]]
         name, equals, value = argument.partition("=")
         plain = name.lstrip("-").replace("-", "_")
+        if plain.startswith("no_") and plain[3:] in known:
+            plain = "no" + plain[3:]
         if name.startswith("-") and (plain in known or plain.removeprefix("no") in known):
             argument = f"--{plain}{equals}{value}"
         result.append(argument)

@@ -73,6 +73,8 @@ def test_flags_become_the_configuration():
     assert config_of("--max_model_len", "64", "--decode-buckets=", "--token_buckets=8,16") == EngineConfig(
         max_model_len=64, decode_buckets=(), token_buckets=(8, 16)
     )
+    assert not config_of("--no-enable-prefix-caching").enable_prefix_caching
+    assert not config_of("--noenable_prefix_caching").enable_prefix_caching
     assert config_of("--max-model-len=none", "--gpu-memory-utilization=0.5").max_model_len is None
 
 
@@ -94,6 +96,7 @@ def test_sampling_flags_become_parameters():
         (["xyzzy"], f"jax-engine: unknown command 'xyzzy'; known: {', '.join(COMMANDS)}"),
         (["serve", "--max-modle-len=4"], "jax-engine: unknown flag --max-modle-len; did you mean --max_model_len?"),
         (["serve", "--prot", "80"], "jax-engine: unknown flag --prot; did you mean --port?"),
+        (["serve", "--no-port"], "jax-engine: unknown flag --noport; did you mean --port?"),
         (["serve", "--port=x"], "jax-engine: flag --port=x: 'x' is not a whole number"),
         (["serve", "--token_buckets=8,x"], "jax-engine: flag --token_buckets=8,x: 'x' is not a whole number"),
         (["serve", "--drain_timeout_s=soon"], "jax-engine: flag --drain_timeout_s=soon: 'soon' is not a number"),
