@@ -1,10 +1,13 @@
 """The default model through the library: the answers of another implementation, token for token, in every mode."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import jax_engine.llm
 from checkpoints.formats import open_checkpoint
 from jax_engine.config import EngineConfig
 from jax_engine.engine import Engine
@@ -14,6 +17,7 @@ from jax_engine.request import RequestOutput
 from jax_engine.sampling_params import SamplingParams
 from jax_engine.tokenizer import load_tokenizer
 
+ROOT = Path(__file__).resolve().parent.parent
 MODEL = "smollm2-135m-instruct"
 OPTIONS = {"max_model_len": 176, "max_num_seqs": 16, "token_buckets": (64,), "decode_buckets": (1, 16)}
 PARAMS = SamplingParams(temperature=0, max_tokens=96, logprobs=5, prompt_logprobs=0)
@@ -83,6 +87,18 @@ def test_a_script_can_apply_the_chat_template_itself(make_llm, golden_cases):
     text = tokenizer.apply_chat_template(case.messages, tokenize=False, add_generation_prompt=True)
     assert tokenizer.encode(text) == prompt
     assert len(tokenizer.apply_chat_template(case.messages)) < len(prompt), "no turn is begun unless asked for"
+
+
+def test_the_scripts_of_the_documentation_run(make_llm, monkeypatch, capsys):
+    """With the sizes of this module's compiled steps."""
+    monkeypatch.setattr("jax_engine.async_engine.start_engines", jax_engine.llm.start_engines)
+    texts = [(ROOT / name).read_text() for name in ("README.md", "docs/library.md")]
+    scripts = [script for text in texts for script in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
+    ours = [script for script in scripts if "jax_engine" in script]
+    assert len(ours) == 3
+    for script in ours:
+        exec(compile(script, "documentation", "exec"), {})
+    assert "(576,)" in capsys.readouterr().out
 
 
 def test_conversations_in_bulk(make_llm, golden_cases):
