@@ -297,8 +297,8 @@ class ModelRunner:
         if self.platform == "cpu":
             pools = len(devices) * config.data_parallel_size
             free = _cpu_pool_bytes() // pools
-            # Few sequences are as long as they may be: with 32 of 8,192 tokens this is room for 1,024 of each.
-            enough = max(useful // 8, limits.full_pages, _MIN_CPU_POOL_BYTES // pools // size)
+            # Few sequences are as long as they may be: with 32 of 8,192 tokens this is room for 1,365 of each.
+            enough = max(useful // 6, limits.full_pages, _MIN_CPU_POOL_BYTES // pools // size)
             useful = min(useful, enough)
         else:
             own = [device for device in devices if device.process_index == jax.process_index()]

@@ -112,8 +112,8 @@ def test_the_tokenizer_is_had_as_in_vllm(llm):
 
 @pytest.mark.parametrize(
     ("max_num_seqs", "least", "pages"),
-    [(4, 1000, 32), (4, 0, 8), (128, 0, 128), (128, 200, 200)],
-    ids=["all that can be used", "one whole sequence", "an eighth of what can be used", "the least"],
+    [(4, 1000, 32), (4, 0, 8), (128, 0, 170), (128, 200, 200)],
+    ids=["all that can be used", "one whole sequence", "a sixth of what can be used", "the least"],
 )
 def test_a_pool_on_a_cpu_takes_what_is_likely_to_be_used(llm, monkeypatch, max_num_seqs, least, pages):
     """The model's pages are of 8 tokens, 8 for a whole sequence."""
