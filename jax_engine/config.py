@@ -43,7 +43,9 @@ class EngineConfig:
         "Known model name, folder (config.json + safetensors, or Orbax), .gguf file, named shape, or Hugging Face id.",
     )
     tokenizer: str | None = _option(None, "Folder or file of the tokenizer, when it is not with the model.")
-    dtype: str = _option("auto", "Of weights, activations and KV: auto (float32 on CPU, else bfloat16), float32, ....")
+    dtype: str = _option(
+        "auto", "Of weights, activations and KV: auto (float32 on CPU, else bfloat16), float32, bfloat16, float16."
+    )
     quantization: str = _option(
         "auto", "Weights in 8 bits, scaled by output: int8 or fp8. auto: as the checkpoint has them."
     )

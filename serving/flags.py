@@ -1,7 +1,7 @@
 """Command line flags made from dataclass fields, and readable answers to wrong ones.
 
 Called by the commands. Each command has a flag set of its own; absl's global one is left alone. Dashes and
-underscores are the same: `--max-model-len` and `--max_model_len`.
+underscores are the same: `--max-model-len` and `--max_model_len`, `--no-page` and `--nopage`.
 """
 
 import dataclasses
@@ -143,9 +143,8 @@ def parse(flag_values: flags.FlagValues, command: str, argv: Sequence[str]) -> l
     try:
         return flag_values([command, *_underscored(flag_values, argv)])[1:]
     except flags.UnrecognizedFlagError as error:
-        raise UsageError(
-            f"unknown flag --{error.flagname}{nearest(error.flagname.replace('-', '_'), list(flag_values), '--')}"
-        ) from None
+        hint = nearest(error.flagname.replace("-", "_"), list(flag_values), "--")
+        raise UsageError(f"unknown flag --{error.flagname} (see `{command} --help`){hint}") from None
     except flags.Error as error:
         raise UsageError(_in_words(" ".join(str(error).split()))) from None
 
@@ -183,10 +182,17 @@ def listing(flag_values: flags.FlagValues) -> str:
     for group, members in flag_values.flags_by_module_dict().items():
         lines.append(f"\n{group}:")
         for flag in members:
-            default = "" if flag.default in (None, (), "") else f" [{flag.default}]"
-            lines.append(f"  --{flag.name}{default}")
+            default = _as_given(flag.default)
+            lines.append(f"  --{'[no]' if flag.boolean else ''}{flag.name}" + (f" [{default}]" if default else ""))
             lines += textwrap.wrap(flag.help or "", 100, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines)
+
+
+def _as_given(default: Any) -> str:
+    """A default as a command line would give it; empty where there is none."""
+    if isinstance(default, list | tuple):
+        return ",".join(map(str, default))
+    return "" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
 
 
 def _underscored(flag_values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
@@ -199,9 +205,8 @@ def _underscored(flag_values: flags.FlagValues, argv: Sequence[str]) -> list[str
             return [*result, *argv[index:]]
         name, equals, value = argument.partition("=")
         plain = name.lstrip("-").replace("-", "_")
-        if plain.startswith("no_") and plain[3:] in known:
-            plain = "no" + plain[3:]
-        if name.startswith("-") and (plain in known or plain.removeprefix("no") in known):
-            argument = f"--{plain}{equals}{value}"
+        positive = re.sub("^no_?", "", plain)
+        if name.startswith("-") and (plain in known or positive in known):
+            argument = f"--{plain if plain in known else f'no{positive}'}{equals}{value}"
         result.append(argument)
     return result

@@ -10,6 +10,7 @@ import socket
 from collections.abc import AsyncGenerator
 
 from aiohttp import web
+from aiohttp.http import HttpProcessingError
 
 from jax_engine import ConfigError
 from serving.limits import Connections, raise_file_limit
@@ -23,6 +24,22 @@ ABORT_GRACE_S = 2.0
 _BACKLOG = 1024
 #: Open files that are no client's: weights, compiled steps, logs.
 _OTHER_FILES = 128
+_MAX_FAULT_CHARS = 200
+
+
+def _in_one_line(record: logging.LogRecord) -> bool:
+    """What is no HTTP, or beyond the limits, is the client's fault: no traceback, with which it could fill a disk."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, HttpProcessingError):
+        what = " ".join(error.message.split())
+        record.levelno, record.levelname = logging.INFO, logging.getLevelName(logging.INFO)
+        record.msg, record.exc_info = f"{record.msg}: %s", None
+        record.args = (*(record.args or ()), what[:_MAX_FAULT_CHARS])
+    return _connections_log.isEnabledFor(record.levelno)
+
+
+_connections_log = logging.getLogger("serving.connections")
+_connections_log.addFilter(_in_one_line)
 
 
 def bind(options: ServerOptions) -> socket.socket:
@@ -138,6 +155,7 @@ def make_runner(app: web.Application, options: ServerOptions) -> web.AppRunner:
         app,
         handler_cancellation=True,
         access_log=logging.getLogger("aiohttp.access") if log.isEnabledFor(logging.DEBUG) else None,
+        logger=_connections_log,
         shutdown_timeout=ABORT_GRACE_S,
         keepalive_timeout=options.idle_timeout_s,
         max_line_size=options.max_header_kib * 2**10,

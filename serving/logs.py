@@ -59,6 +59,7 @@ def set_up(level: str, format: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if format == "json" else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler])
+    logging.captureWarnings(True)  # jax's, which would not be JSON otherwise
     if level == "info":
         # They say at this level which platforms jax did not find, and each step of Orbax's reading and writing.
         for name in ("jax", "absl"):

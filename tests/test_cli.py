@@ -78,6 +78,19 @@ def test_flags_become_the_configuration():
     assert config_of("--max-model-len=none", "--gpu-memory-utilization=0.5").max_model_len is None
 
 
+@pytest.mark.parametrize("spelt", ["noenable_prefix_caching", "no_enable_prefix_caching", "no-enable-prefix-caching"])
+def test_a_flag_is_switched_off_in_every_spelling(spelt):
+    assert config_of(f"--{spelt}") == EngineConfig(enable_prefix_caching=False)
+
+
+def test_defaults_are_listed_as_a_command_line_gives_them(capsys):
+    for command in COMMANDS:
+        assert main([command, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "--slo_classes [default:1000:100]\n" in out and "--prompt\n" in out and "--workload [cpu8]\n" in out
+    assert "--[no]page [true]\n" in out and "--[no]deterministic [false]\n" in out and "--port [8000]\n" in out
+
+
 def test_sampling_flags_become_parameters():
     flag_values = absl_flags.FlagValues()
     flags.define_sampling(flag_values)
@@ -94,9 +107,19 @@ def test_sampling_flags_become_parameters():
     [
         (["sevre"], "jax-engine: unknown command 'sevre'; did you mean serve?"),
         (["xyzzy"], f"jax-engine: unknown command 'xyzzy'; known: {', '.join(COMMANDS)}"),
-        (["serve", "--max-modle-len=4"], "jax-engine: unknown flag --max-modle-len; did you mean --max_model_len?"),
-        (["serve", "--prot", "80"], "jax-engine: unknown flag --prot; did you mean --port?"),
-        (["serve", "--no-port"], "jax-engine: unknown flag --noport; did you mean --port?"),
+        (
+            ["serve", "--max-modle-len=4"],
+            "jax-engine: unknown flag --max-modle-len (see `jax-engine serve --help`); did you mean --max_model_len?",
+        ),
+        (["bench", "--enforce-eager"], "jax-engine: unknown flag --enforce-eager (see `jax-engine bench --help`)"),
+        (
+            ["serve", "--prot", "80"],
+            "jax-engine: unknown flag --prot (see `jax-engine serve --help`); did you mean --port?",
+        ),
+        (
+            ["serve", "--no-port"],
+            "jax-engine: unknown flag --noport (see `jax-engine serve --help`); did you mean --port?",
+        ),
         (["serve", "--port=x"], "jax-engine: flag --port=x: 'x' is not a whole number"),
         (["serve", "--token_buckets=8,x"], "jax-engine: flag --token_buckets=8,x: 'x' is not a whole number"),
         (["serve", "--drain_timeout_s=soon"], "jax-engine: flag --drain_timeout_s=soon: 'soon' is not a number"),

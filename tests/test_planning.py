@@ -280,7 +280,7 @@ def test_from_a_log_to_a_plan(tmp_path, capsys):
     [
         (["trace"], "trace: --out is missing"),
         (["trace", "--out=x", "--kind=log"], "--log goes with --kind=log"),
-        (["fit", "--out=x"], "fit: one LOG expected, got 'none'"),
+        (["fit", "--out=x"], "fit: one LOG expected, got none"),
         (["fit", "x"], "fit: --out is missing"),
         (["simulate", "--trace=x"], "simulate: --model_cost is missing"),
         (["plan", "x", "--slo-ttft-ms=1"], "plan: only flags expected, got 'x'"),

@@ -225,6 +225,19 @@ async def test_faults_at_two_api_processes_harm_nobody_else():
             await until(lambda: all(now <= then + 3 for now, then in zip(files(), opened, strict=True)))
 
 
+async def test_what_is_no_http_leaves_one_line_in_the_log():
+    with server_process("--log_format=json") as (_, url, lines):
+        async with aiohttp.ClientSession(url) as session:
+            for fault in (huge_header, many_headers):
+                with contextlib.suppress(ConnectionError):
+                    assert (await fault(session))[0] == 400
+            await raw(session, b"GET / HTTP/9.9\r\n\r\n")
+            await until(lambda: any("Invalid HTTP version" in line for line in lines))
+    told = [line for line in map(json.loads, lines) if line["logger"] == "serving.connections"]
+    assert len(told) == 3 and all(line["level"] == "info" and "exception" not in line for line in told)
+    assert "16384" in told[0]["message"]
+
+
 async def test_a_reader_too_slow_is_aborted_with_its_request():
     engine = faulty_server.build(EngineConfig(model="faulty", max_unread_outputs=5))
     params = SamplingParams(max_tokens=400, ignore_eos=True, output_kind=RequestOutputKind.DELTA)

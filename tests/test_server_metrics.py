@@ -3,6 +3,9 @@
 import asyncio
 import json
 import logging
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -12,6 +15,7 @@ from serving import logs, observe
 from serving.state import STATE
 from tests.test_server_errors import client_of, error_of
 
+ROOT = Path(__file__).resolve().parents[1]
 BODY = {"prompt": "x", "max_tokens": 3}
 
 
@@ -129,6 +133,14 @@ def test_json_log_lines():
     assert line["message"] == "answer é\nline" and line["level"] == "info" and line["request_id"] == "r-1"
     assert line["time"].endswith("Z") and text.endswith("[r-1]")
     assert "request_id" not in json.loads(logs.JsonFormatter().format(record))
+
+
+def test_warnings_are_log_lines():
+    program = "import warnings; from serving import logs; logs.set_up('info', 'json'); warnings.warn('no room left')"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=20)
+    line = json.loads(done.stderr)
+    assert line["level"] == "warning" and "no room left" in line["message"]
 
 
 async def test_the_line_of_figures():

@@ -94,7 +94,8 @@ def parse_tool(
         return None
     if len(positional) != (argument is not None):
         wanted = f"one {argument}" if argument else "only flags"
-        raise flags.UsageError(f"{command}: {wanted} expected, got {' '.join(positional) or 'none'!r}")
+        given = repr(" ".join(positional)) if positional else "none"
+        raise flags.UsageError(f"{command}: {wanted} expected, got {given}")
     return positional[0] if argument else ""
 
 
