@@ -5,7 +5,7 @@ writes it, in place. Shapes the kernels do not take (float32, odd head sizes, pa
 under 16 tokens) go through xla.py as a whole; of the two work lists XLA drops the one that no layer reads.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,6 @@ from pallas_kernels.ragged_paged_attention.gpu_decode import DecodeWork, decode,
 from pallas_kernels.ragged_paged_attention.gpu_prefill import PrefillWork, plan_prefill, prefill, tokens_per_block
 from pallas_kernels.ragged_paged_attention.gpu_tiles import HOPPER, INTERPRETED, Tiles, product_dtype, supports
 from pallas_kernels.ragged_paged_attention.implementation import Options
-
-#: The kernel for longer rows does not fit shared memory past this head size; XLA serves them there.
-MAX_PREFILL_HEAD_DIM = 128
 
 pool_shape = xla.pool_shape
 write_kv = xla.write_kv
@@ -92,10 +89,7 @@ def attend(q, pool, work: WorkList, first_page, options: Options):
     if work.decode_only:
         return decoded
     blocks = work.prefills[tokens_per_block(q.shape[1] // pool.shape[1])]
-    if q.shape[-1] <= MAX_PREFILL_HEAD_DIM and q.dtype == pool.dtype:
-        longer = prefill(q, pool, work.page_table, blocks, first_page, options, work.tiles)
-    else:
-        longer = xla.attend(q, pool, replace(work.fallback, num_decodes=jnp.int32(0)), first_page, options)
+    longer = prefill(q, pool, work.page_table, blocks, first_page, options, work.tiles)
     token = jnp.arange(q.shape[0])[:, None, None]
     decoded = jnp.pad(decoded, ((0, q.shape[0] - rows), (0, 0), (0, 0)))
     return jnp.where(token < work.num_decodes, decoded, jnp.where(token < work.num_tokens, longer, 0))

@@ -4,6 +4,7 @@ The shape of FlashAttention-3 (arXiv 2407.08608): a memory warpgroup fetches que
 engine; two compute warpgroups share the key and value tiles and take turns, one multiplying while the other works on
 its softmax. They hold 64 query tokens of two heads that share a kv head, or, where a kv head has an odd number of query
 heads, 128 tokens of one. A persistent kernel: the blocks of all rows, longest first, are dealt to the thread blocks.
+Tiles of a pool of 8 bits are converted by the warpgroup that fetches them.
 
 Called by gpu.py only. A block's result depends on its own row and nothing else.
 """
@@ -12,6 +13,7 @@ Called by gpu.py only. A block's result depends on its own row and nothing else.
 # pyright: reportPrivateImportUsage=false, reportAbstractUsage=false
 
 import functools
+import itertools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,14 +32,17 @@ from pallas_kernels.ragged_paged_attention.gpu_tiles import (
     cap_scores,
     clear_unwritten,
     exponent,
+    packed_transforms,
+    product_dtype,
+    swizzle,
     transforms,
     update_softmax,
 )
 from pallas_kernels.ragged_paged_attention.implementation import Options
 
 NUM_COMPUTE, MEMORY = 2, 2
-#: Key and value tiles in flight.
-STAGES = 2
+#: Keys and values that the memory warpgroup converts at once, so that its registers hold them.
+CONVERTED_AT_ONCE = 8192
 
 
 @jax.tree_util.register_dataclass
@@ -104,6 +109,8 @@ class _Sizes:
     page_size: int
     num_tokens: int
     dtype: Any
+    pool_dtype: Any
+    out_dtype: Any
     options: Options
     has_sinks: bool
     tiles: Tiles
@@ -116,7 +123,34 @@ class _Sizes:
     @property
     def block(self) -> int:
         """Key positions of a tile."""
-        return self.tiles.prefill_block
+        return self.tiles.prefill_block if self.head_dim <= 128 else min(self.tiles.prefill_block, 64)
+
+    @property
+    def converts(self) -> bool:
+        """Tiles arrive in another type than the tensor cores'."""
+        return self.dtype != self.pool_dtype
+
+    @property
+    def stages(self) -> int:
+        """Tiles that the compute warpgroups read from, keys and values in turn: as many as there is room for."""
+        if self.head_dim <= 96 or (self.head_dim <= 128 and not self.converts):
+            return 4
+        return 3 if self.head_dim <= 128 or not self.converts else 2
+
+    @property
+    def tiles_ahead(self) -> int:
+        """Key tiles of 8 bits in flight, and as many of values."""
+        return 2 if self.head_dim <= 128 else 1
+
+    @property
+    def stages_queries(self) -> bool:
+        """Whether there is room for the next item's queries while the current item's are multiplied."""
+        return self.head_dim <= 128 and not self.converts
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Of a thread of the compute warpgroups, and of the memory warpgroup; all three start with 168."""
+        return (232, 40)
 
 
 def prefill(
@@ -125,6 +159,8 @@ def prefill(
     """Attention of the blocks' tokens: q [T, N, H], table [B, P] -> [T, N, H]; other tokens hold anything."""
     num_tokens, num_heads, head_dim = q.shape
     _, num_kv_heads, _, page_size, _ = pool.shape
+    dtype, out_dtype = product_dtype(q.dtype, pool.dtype), q.dtype
+    q = q.astype(dtype)
     if num_tokens < WARPGROUP_ROWS:
         q = jnp.pad(q, ((0, WARPGROUP_ROWS - num_tokens), (0, 0), (0, 0)))
     has_sinks = options.sinks is not None
@@ -135,14 +171,16 @@ def prefill(
         head_dim,
         page_size,
         q.shape[0],
-        q.dtype,
+        dtype,
+        pool.dtype,
+        out_dtype,
         options._replace(sinks=None),
         has_sinks,
         tiles,
     )
     run = plgpu.kernel(
         functools.partial(_entry, sizes),
-        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        out_type=jax.ShapeDtypeStruct(q.shape, out_dtype),
         kernel_name="attention_prefill",
         grid=(tiles.num_workers,),
         grid_names=("worker",),
@@ -156,7 +194,7 @@ def prefill(
 
 def _entry(sizes: _Sizes, *refs):
     """Allocates shared memory and barriers, then runs the three warpgroups."""
-    rows, block, width, stages = WARPGROUP_ROWS, sizes.block, sizes.head_dim, STAGES
+    rows, block, width, stages = WARPGROUP_ROWS, sizes.block, sizes.head_dim, sizes.stages
     layout = transforms(width)
     copies = max(block // sizes.page_size, 1)
     # The interpreter's way needs the probabilities in shared memory; the other has no use for them.
@@ -168,21 +206,27 @@ def _entry(sizes: _Sizes, *refs):
         pl.when(warpgroup == MEMORY)(lambda: _fetch(sizes, refs, memory))
         pl.when(warpgroup < NUM_COMPUTE)(lambda: _compute(sizes, refs, memory, warpgroup))
 
+    packed = packed_full = None
+    if sizes.converts:
+        in_flight = 2 * sizes.tiles_ahead
+        packed = plgpu.SMEM((in_flight, block, width), sizes.pool_dtype, transforms=packed_transforms(width))
+        packed_full = plgpu.Barrier(num_arrivals=copies, num_barriers=in_flight)
+    staging = plgpu.SMEM((NUM_COMPUTE, rows, width), sizes.dtype) if sizes.stages_queries else None
+    handing_over = plgpu.Barrier(num_arrivals=NUM_COMPUTE)
     pl.run_scoped(
         run,
-        plgpu.SMEM((NUM_COMPUTE, rows, width), sizes.dtype),
+        staging,
         plgpu.SMEM((NUM_COMPUTE, rows, width), sizes.dtype, transforms=layout),
         plgpu.SMEM((stages, block, width), sizes.dtype, transforms=layout),
-        plgpu.SMEM((stages, block, width), sizes.dtype, transforms=layout),
-        plgpu.SMEM((NUM_COMPUTE, rows, width), sizes.dtype),
+        packed,
+        plgpu.SMEM((NUM_COMPUTE, rows, width), sizes.out_dtype),
         plgpu.SMEM(p_shape, sizes.dtype, transforms=transforms(p_shape[-1])),
-        plgpu.Barrier(num_arrivals=NUM_COMPUTE),
-        plgpu.Barrier(num_arrivals=NUM_COMPUTE),
-        plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+        handing_over if sizes.stages_queries else None,
+        handing_over if sizes.stages_queries else None,
+        plgpu.Barrier(num_arrivals=1 if sizes.converts else copies, num_barriers=stages),
         plgpu.Barrier(num_arrivals=NUM_COMPUTE, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=NUM_COMPUTE, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=NUM_COMPUTE),
+        packed_full,
+        handing_over,
         collective_axes="warpgroup",
     )
 
@@ -191,21 +235,22 @@ class _Shared(NamedTuple):
     """Shared memory of a thread block, and the barriers that hand its parts over.
 
     Queries come into `staging`, since the copy engine writes the tensor cores' layout only at every eighth token, and a
-    row's tokens may start anywhere. `turn` gives the tensor cores to one compute warpgroup at a time.
+    row's tokens may start anywhere; where there is no room for it, through registers. `tiles` holds keys and values in
+    turn, `packed` those of 8 bits before they are converted. `turn` gives the tensor cores to one compute warpgroup at
+    a time.
     """
 
     staging: Any
     q: Any
-    k: Any
-    v: Any
+    tiles: Any
+    packed: Any
     out: Any
     p: Any
     q_full: Any
     q_free: Any
-    k_full: Any
-    v_full: Any
-    k_free: Any
-    v_free: Any
+    full: Any
+    free: Any
+    packed_full: Any
     turn: Any
 
 
@@ -253,74 +298,117 @@ def _query_span(sizes: _Sizes, item: _Item, warpgroup):
 
 def _fetch(sizes: _Sizes, refs, memory: _Shared):
     """The memory warpgroup: queries and key and value tiles of all items, as fast as buffers come free."""
-    plgpu.set_max_registers(40, action="decrease")
+    plgpu.set_max_registers(sizes.registers[1], action="decrease")
     q_ref, pool_ref, table_ref, blocks_ref, num_blocks_ref, first_ref, *_ = refs
-    block, page_size, stages = sizes.block, sizes.page_size, STAGES
+    block, page_size, stages = sizes.block, sizes.page_size, sizes.stages
     first_page = first_ref[0]
     size = min(block, page_size)
 
-    def load(item, tile, step):
-        stage = lax.rem(step, jnp.int32(stages))
+    def wait_free(number):
+        pl.when(number >= stages)(lambda: plgpu.barrier_wait(memory.free.at[lax.rem(number, jnp.int32(stages))]))
+
+    def copy(item, tile, part, target, full):
         last_page = lax.div(item.length - 1, jnp.int32(page_size))
         kv_head = lax.div(item.head, jnp.int32(sizes.group))
-        for part, (tiles, free, full) in enumerate(
-            ((memory.k, memory.k_free, memory.k_full), (memory.v, memory.v_free, memory.v_full))
-        ):
-            pl.when(step >= stages)(lambda free=free: plgpu.barrier_wait(free.at[stage]))
-            for piece in range(block // size):
-                position = tile * block + piece * size
-                # Past the row's last page that page is read again, from the cache: the barrier counts copies.
-                page = first_page + table_ref[item.row, jnp.minimum(lax.div(position, jnp.int32(page_size)), last_page)]
-                inside = pl.ds(lax.rem(position, jnp.int32(page_size)), size) if size < page_size else slice(None)
-                source = pool_ref.at[page, kv_head, part, inside]
-                plgpu.copy_gmem_to_smem(source, tiles.at[stage, pl.ds(piece * size, size)], full.at[stage])
+        for piece in range(block // size):
+            position = tile * block + piece * size
+            # Past the row's last page that page is read again, from the cache: the barrier counts copies.
+            page = first_page + table_ref[item.row, jnp.minimum(lax.div(position, jnp.int32(page_size)), last_page)]
+            inside = pl.ds(lax.rem(position, jnp.int32(page_size)), size) if size < page_size else slice(None)
+            source = pool_ref.at[page, kv_head, part, inside]
+            plgpu.copy_gmem_to_smem(source, target.at[pl.ds(piece * size, size)], full)
+
+    def load(item, tile, step):
+        for part in (0, 1):
+            number = 2 * step + part
+            stage = lax.rem(number, jnp.int32(stages))
+            wait_free(number)
+            copy(item, tile, part, memory.tiles.at[stage], memory.full.at[stage])
+        return step + 1
+
+    def load_packed(item, tile, step, part):
+        @pl.when(tile < item.end)
+        def _():
+            slot = lax.rem(2 * step + part, jnp.int32(2 * sizes.tiles_ahead))
+            copy(item, tile, part, memory.packed.at[slot], memory.packed_full.at[slot])
+
+    def convert(item, tile, step):
+        ahead = sizes.tiles_ahead
+        for part in (0, 1):
+            number = 2 * step + part
+            slot, stage = (lax.rem(number, jnp.int32(count)) for count in (2 * ahead, stages))
+            plgpu.barrier_wait(memory.packed_full.at[slot])
+            wait_free(number)
+            _convert_tile(sizes, memory.packed.at[slot], memory.tiles.at[stage])
+            plgpu.barrier_arrive(memory.full.at[stage])
+            load_packed(item, tile + ahead, step + ahead, part)
         return step + 1
 
     def visit(index, item, step):
-        pl.when(index > 0)(lambda: plgpu.barrier_wait(memory.q_free))
-        for warpgroup in range(NUM_COMPUTE):
-            token, *_ = _query_span(sizes, item, warpgroup)
-            head = item.head + (warpgroup if sizes.heads == 2 else 0)
-            source = q_ref.at[pl.ds(token, WARPGROUP_ROWS), head]
-            plgpu.copy_gmem_to_smem(source, memory.staging.at[warpgroup], memory.q_full)
-        return lax.fori_loop(item.begin, item.end, lambda tile, step: load(item, tile, step), step)
+        if sizes.stages_queries:
+            pl.when(index > 0)(lambda: plgpu.barrier_wait(memory.q_free))
+            for warpgroup in range(NUM_COMPUTE):
+                token, *_ = _query_span(sizes, item, warpgroup)
+                head = item.head + (warpgroup if sizes.heads == 2 else 0)
+                source = q_ref.at[pl.ds(token, WARPGROUP_ROWS), head]
+                plgpu.copy_gmem_to_smem(source, memory.staging.at[warpgroup], memory.q_full)
+        if sizes.converts:
+            for ahead, part in itertools.product(range(sizes.tiles_ahead), (0, 1)):
+                load_packed(item, item.begin + ahead, step + ahead, part)
+        load_tile = convert if sizes.converts else load
+        return lax.fori_loop(item.begin, item.end, lambda tile, step: load_tile(item, tile, step), step)
 
     steps = _for_items(sizes, blocks_ref, num_blocks_ref, visit, jnp.int32(0))
 
     # Nobody may leave while arrivals are outstanding.
-    @pl.loop(jnp.maximum(steps - stages, 0), steps)
-    def _(step):
-        stage = lax.rem(step, jnp.int32(stages))
-        plgpu.barrier_wait(memory.k_free.at[stage])
-        plgpu.barrier_wait(memory.v_free.at[stage])
+    @pl.loop(jnp.maximum(2 * steps - stages, 0), 2 * steps)
+    def _(number):
+        plgpu.barrier_wait(memory.free.at[lax.rem(number, jnp.int32(stages))])
 
-    pl.when(steps > 0)(lambda: plgpu.barrier_wait(memory.q_free))
+    if sizes.stages_queries:
+        pl.when(steps > 0)(lambda: plgpu.barrier_wait(memory.q_free))
+
+
+def _convert_tile(sizes: _Sizes, packed, tile):
+    """Writes 8-bit numbers [block, H] in the tensor cores' type; then `packed` may be written again."""
+    rows = min(CONVERTED_AT_ONCE // sizes.head_dim // 8 * 8, sizes.block)
+    layout = plgpu.Layout.SMEM_GMEM_COPY((rows, sizes.head_dim), sizes.dtype, swizzle(sizes.head_dim))
+    for first in range(0, sizes.block, rows):
+        here = pl.ds(first, rows)
+        tile[here] = plgpu.load(packed.at[here], layout=layout).astype(sizes.dtype)
+    plgpu.commit_smem()
 
 
 def _compute(sizes: _Sizes, refs, memory: _Shared, warpgroup):
     """A compute warpgroup: online softmax over each item's tiles, then its tokens' results to device memory."""
-    plgpu.set_max_registers(232, action="increase")
-    *_, blocks_ref, num_blocks_ref, _, sinks_ref, out_ref = refs
+    plgpu.set_max_registers(sizes.registers[0], action="increase")
+    q_ref, _, _, blocks_ref, num_blocks_ref, _, sinks_ref, out_ref = refs
     rows, width = WARPGROUP_ROWS, sizes.head_dim
     pl.when(warpgroup == 1)(lambda: _pass_turn(memory))
 
     def visit(index, item, step):
-        plgpu.barrier_wait(memory.q_full)
-        memory.q[warpgroup] = plgpu.load(memory.staging.at[warpgroup], layout=plgpu.Layout.WGMMA)
+        token, _, _, position = span = _query_span(sizes, item, warpgroup)
+        head = item.head + (warpgroup if sizes.heads == 2 else 0)
+        if sizes.stages_queries:
+            plgpu.barrier_wait(memory.q_full)
+            queries = plgpu.load(memory.staging.at[warpgroup], layout=plgpu.Layout.WGMMA)
+        else:
+            queries = q_ref.at[pl.ds(token, rows), head]
+            queries = plgpu.load(queries, layout=plgpu.Layout.WGMMA, optimized=False)
+        memory.q[warpgroup] = queries
         plgpu.commit_smem()
-        plgpu.barrier_arrive(memory.q_free)
+        if sizes.stages_queries:
+            plgpu.barrier_arrive(memory.q_free)
         statistic = plgpu.Layout.WGMMA.reduce(1)
         acc = plgpu.layout_cast(jnp.zeros((rows, width), jnp.float32), plgpu.Layout.WGMMA)
         top = plgpu.layout_cast(jnp.full((rows,), MASKED, jnp.float32), statistic)
         total = plgpu.layout_cast(jnp.zeros((rows,), jnp.float32), statistic)
-        _, _, _, position = span = _query_span(sizes, item, warpgroup)
 
         def attend(masked, tile, carry):
             return _attend_tile(sizes, memory, warpgroup, item, position, masked, tile, carry)
 
         carry = lax.fori_loop(item.begin, item.full, functools.partial(attend, False), (acc, top, total, step))
         acc, top, total, step = lax.fori_loop(item.full, item.end, functools.partial(attend, True), carry)
-        head = item.head + (warpgroup if sizes.heads == 2 else 0)
         if sizes.has_sinks:
             total = total + jnp.exp2(sinks_ref[head] * LOG2E - top * exponent(sizes.options))
         _store(sizes, memory, warpgroup, head, span, acc, total, out_ref)
@@ -340,16 +428,17 @@ def _attend_tile(sizes: _Sizes, memory: _Shared, warpgroup, item: _Item, positio
     """One step of online softmax: scores of a key tile, then their weights times the value tile."""
     acc, top, total, step = carry
     rows, block, options = WARPGROUP_ROWS, sizes.block, sizes.options
-    stage = lax.rem(step, jnp.int32(STAGES))
-    plgpu.barrier_wait(memory.k_full.at[stage])
+    of_keys, of_values = (lax.rem(2 * step + part, jnp.int32(sizes.stages)) for part in (0, 1))
+    values = memory.tiles.at[of_values]
+    plgpu.barrier_wait(memory.full.at[of_keys])
 
     def multiply_keys(scores):
-        plgpu.wgmma(scores, memory.q.at[warpgroup], memory.k.at[stage].transpose((1, 0)))
+        plgpu.wgmma(scores, memory.q.at[warpgroup], memory.tiles.at[of_keys].transpose((1, 0)))
         _pass_turn(memory)
         return scores[...]
 
     scores = pl.run_scoped(multiply_keys, plgpu.ACC((rows, block), jnp.float32))
-    plgpu.barrier_arrive(memory.k_free.at[stage])
+    plgpu.barrier_arrive(memory.free.at[of_keys])
     scores = cap_scores(scores, options)
     if masked:
         key = plgpu.broadcasted_iota(jnp.int32, (rows, block), 1, layout=plgpu.Layout.WGMMA) + tile * block
@@ -363,13 +452,13 @@ def _attend_tile(sizes: _Sizes, memory: _Shared, warpgroup, item: _Item, positio
     weights = weights.astype(sizes.dtype)
     acc, top, total, weights = lax.optimization_barrier((acc, top, total, weights))
     plgpu.barrier_arrive(memory.turn)
-    plgpu.barrier_wait(memory.v_full.at[stage])
+    plgpu.barrier_wait(memory.full.at[of_values])
     if masked:
         unwritten = (tile + 1) * block > item.length
-        pl.when(unwritten)(lambda: clear_unwritten(memory.v.at[stage], item.length - tile * block))
+        pl.when(unwritten)(lambda: clear_unwritten(values, item.length - tile * block))
     plgpu.barrier_wait(memory.turn)
-    acc = add_values(acc, weights, memory.v.at[stage], memory.p.at[warpgroup], sizes.tiles.registers)
-    plgpu.barrier_arrive(memory.v_free.at[stage])
+    acc = add_values(acc, weights, values, memory.p.at[warpgroup], sizes.tiles.registers)
+    plgpu.barrier_arrive(memory.free.at[of_values])
     return acc, top, total, step + 1
 
 
@@ -379,7 +468,7 @@ def _store(sizes: _Sizes, memory: _Shared, warpgroup, head, span, acc, total, ou
     inverse = jnp.where(total > 0, 1.0 / jnp.maximum(total, 1e-30), 0.0)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the item before
     out = memory.out.at[warpgroup]
-    out[...] = (acc * lax.broadcast_in_dim(inverse, acc.shape, [0])).astype(sizes.dtype)
+    out[...] = (acc * lax.broadcast_in_dim(inverse, acc.shape, [0])).astype(sizes.out_dtype)
     plgpu.commit_smem()
 
     def copy(first, count):
