@@ -85,8 +85,29 @@ def test_decode_shapes_of_a_pool_of_8_bits(pool_dtype, shape, dtype):
     _check_8_bits(pool_dtype, shape, Mix(((200, 1),), 2, 2), 32, dtype, sliding_window=150)
 
 
-def test_longer_rows_of_a_pool_of_8_bits():
-    _check_8_bits(jnp.float8_e4m3fn, Shape(2, 1, 64), Mix(((70, 1), (20, 20), (80, 67)), 90, 4), 32)
+@pytest.mark.parametrize("pool_dtype", [jnp.int8, jnp.float8_e4m3fn])
+def test_longer_rows_of_a_pool_of_8_bits(pool_dtype, monkeypatch):
+    """Through the warpgroup that fetches and converts, with more tiles than there are buffers; nothing through XLA."""
+    monkeypatch.setattr(xla, "attend", None)
+    _check_8_bits(pool_dtype, Shape(2, 1, 64), Mix(((70, 1), (20, 20), (300, 67)), 90, 4), 32)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("pool_dtype", "shape", "dtype"),
+    [
+        (jnp.float8_e4m3fn, Shape(3, 1, 128), jnp.float16),
+        (jnp.float8_e4m3fn, Shape(2, 1, 96), jnp.bfloat16),
+        (jnp.int8, Shape(2, 1, 128), jnp.bfloat16),
+        (jnp.int8, Shape(3, 1, 256), jnp.bfloat16),
+        (jnp.float8_e4m3fn, Shape(2, 1, 256), jnp.bfloat16),
+    ],
+)
+def test_prefill_shapes_of_a_pool_of_8_bits(pool_dtype, shape, dtype, monkeypatch):
+    monkeypatch.setattr(xla, "attend", None)
+    sinks = jnp.linspace(-1.0, 2.0, shape.num_heads)
+    options = {"sliding_window": 150, "logits_soft_cap": 3.0, "sinks": sinks}
+    _check_8_bits(pool_dtype, shape, Mix(((330, 70), (3, 3)), 80, 3), 16, dtype, **options)
 
 
 def test_int8_with_float16_takes_the_fallback():
@@ -169,6 +190,21 @@ def test_prefill_with_every_option_and_fewer_tokens_than_a_tile():
     sinks = jnp.asarray([-1.0, 0.0, 2.0])
     options = {"sliding_window": 60, "logits_soft_cap": 3.0, "sinks": sinks, "scale": 0.2}
     _check(Shape(3, 1, 64), Mix(((140, 40), (3, 3)), 50, 3), **options)
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_prefill_of_heads_of_256(group, monkeypatch):
+    """Queries come without staging, and tiles of keys and values share three buffers."""
+    monkeypatch.setattr(xla, "attend", None)
+    _check(Shape(group, 1, 256), Mix(((70, 1), (300, 66)), 70, 4), 32)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("page_size", [16, 128])
+def test_prefill_of_heads_of_256_with_every_option(page_size, monkeypatch):
+    monkeypatch.setattr(xla, "attend", None)
+    options = {"sliding_window": 100, "logits_soft_cap": 3.0, "sinks": jnp.asarray([-1.0, 2.0]), "scale": 0.1}
+    _check(Shape(2, 1, 256), Mix(((300, 150), (3, 3)), 160, 3), page_size, jnp.float16, **options)
 
 
 @pytest.mark.long

@@ -41,8 +41,8 @@ from pallas_kernels.ragged_paged_attention.gpu_tiles import (
 from pallas_kernels.ragged_paged_attention.implementation import Options
 
 NUM_COMPUTE, MEMORY = 2, 2
-#: Keys and values that the memory warpgroup converts at once, so that its registers hold them.
-CONVERTED_AT_ONCE = 8192
+#: Registers of a thread of the compute warpgroups and of the memory warpgroup; all three start with 168.
+COMPUTE_REGISTERS, MEMORY_REGISTERS = 232, 40
 
 
 @jax.tree_util.register_dataclass
@@ -146,11 +146,6 @@ class _Sizes:
     def stages_queries(self) -> bool:
         """Whether there is room for the next item's queries while the current item's are multiplied."""
         return self.head_dim <= 128 and not self.converts
-
-    @property
-    def registers(self) -> tuple[int, int]:
-        """Of a thread of the compute warpgroups, and of the memory warpgroup; all three start with 168."""
-        return (232, 40)
 
 
 def prefill(
@@ -298,7 +293,7 @@ def _query_span(sizes: _Sizes, item: _Item, warpgroup):
 
 def _fetch(sizes: _Sizes, refs, memory: _Shared):
     """The memory warpgroup: queries and key and value tiles of all items, as fast as buffers come free."""
-    plgpu.set_max_registers(sizes.registers[1], action="decrease")
+    plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
     q_ref, pool_ref, table_ref, blocks_ref, num_blocks_ref, first_ref, *_ = refs
     block, page_size, stages = sizes.block, sizes.page_size, sizes.stages
     first_page = first_ref[0]
@@ -371,7 +366,7 @@ def _fetch(sizes: _Sizes, refs, memory: _Shared):
 
 def _convert_tile(sizes: _Sizes, packed, tile):
     """Writes 8-bit numbers [block, H] in the tensor cores' type; then `packed` may be written again."""
-    rows = min(CONVERTED_AT_ONCE // sizes.head_dim // 8 * 8, sizes.block)
+    rows = 64 if sizes.head_dim <= 128 else 16  # as many at once as the warpgroup's registers hold
     layout = plgpu.Layout.SMEM_GMEM_COPY((rows, sizes.head_dim), sizes.dtype, swizzle(sizes.head_dim))
     for first in range(0, sizes.block, rows):
         here = pl.ds(first, rows)
@@ -381,7 +376,7 @@ def _convert_tile(sizes: _Sizes, packed, tile):
 
 def _compute(sizes: _Sizes, refs, memory: _Shared, warpgroup):
     """A compute warpgroup: online softmax over each item's tiles, then its tokens' results to device memory."""
-    plgpu.set_max_registers(sizes.registers[0], action="increase")
+    plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
     q_ref, _, _, blocks_ref, num_blocks_ref, _, sinks_ref, out_ref = refs
     rows, width = WARPGROUP_ROWS, sizes.head_dim
     pl.when(warpgroup == 1)(lambda: _pass_turn(memory))
