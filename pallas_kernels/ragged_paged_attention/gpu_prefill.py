@@ -386,11 +386,13 @@ def _compute(sizes: _Sizes, refs, memory: _Shared, warpgroup):
         head = item.head + (warpgroup if sizes.heads == 2 else 0)
         if sizes.stages_queries:
             plgpu.barrier_wait(memory.q_full)
-            queries = plgpu.load(memory.staging.at[warpgroup], layout=plgpu.Layout.WGMMA)
+            memory.q[warpgroup] = plgpu.load(memory.staging.at[warpgroup], layout=plgpu.Layout.WGMMA)
         else:
-            queries = q_ref.at[pl.ds(token, rows), head]
-            queries = plgpu.load(queries, layout=plgpu.Layout.WGMMA, optimized=False)
-        memory.q[warpgroup] = queries
+            columns = swizzle(width) // 2  # of one pattern; all of a wide head at once would not fit registers
+            for first in range(0, width, columns):
+                here = pl.ds(first, columns)
+                queries = q_ref.at[pl.ds(token, rows), head, here]
+                memory.q[warpgroup, :, here] = plgpu.load(queries, layout=plgpu.Layout.WGMMA, optimized=False)
         plgpu.commit_smem()
         if sizes.stages_queries:
             plgpu.barrier_arrive(memory.q_free)
