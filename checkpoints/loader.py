@@ -55,7 +55,9 @@ def load(
     if problems:
         raise CheckpointError([f"{checkpoint.path}: {p}" if p.startswith("tensor ") else p for p in problems])
     params = {}
-    for name, want in tqdm(wanted.items(), desc="Loading weights", unit="parameter", disable=not progress):
+    for name, want in tqdm(
+        wanted.items(), desc="Loading weights", unit="parameter", disable=None if progress else True
+    ):
         params[name] = _place(_assemble(checkpoint, name, want), want)
     return params
 

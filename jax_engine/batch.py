@@ -8,7 +8,7 @@ building a step is a few numpy gathers and one short loop.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -83,11 +83,6 @@ class BatchLayout:
             parts[name] = (offset, shape)
             offset += math.prod(shape)
         return parts
-
-    @property
-    def rows(self) -> "BatchLayout":
-        """The layout without the tokens: of what the programs after the model need to know of the batch."""
-        return replace(self, bucket=Bucket(0, self.bucket.num_seqs, False))
 
     @cached_property
     def size(self) -> int:
@@ -289,7 +284,7 @@ def _prompt_targets(schedule: Schedule, num_tokens: int) -> np.ndarray:
     offset = 0
     for sequence, start, count, _ in schedule.rows:
         if sequence.scores_prompt:
-            following = sequence.token_ids[start + 1 : min(start + count + 1, sequence.num_prompt_tokens)]
+            following = sequence.prompt_targets(start, count)
             targets[offset : offset + len(following)] = following
         offset += count
     return targets

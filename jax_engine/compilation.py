@@ -107,7 +107,7 @@ def build[Key](
     threads = min(_CPU_THREADS if platform == "cpu" else _THREADS, os.cpu_count() or 1)
     with (
         ThreadPoolExecutor(threads) as pool,
-        tqdm(total=len(programs), desc=f"compiling {unit}s", unit=unit, leave=False) as bar,
+        tqdm(total=len(programs), desc=f"compiling {unit}s", unit=unit, leave=False, disable=None) as bar,
     ):
         futures = {}
         for key, program in programs.items():

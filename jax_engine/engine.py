@@ -61,17 +61,20 @@ class Runner(Protocol):
 
 
 class Engine:
-    """The loop, and the life of requests. `make_request` is that of intake.Intake.
+    """The loop, and the life of requests from `submit` to their last output. Requests are made by `make_request`, which
+    is intake.Intake's.
 
     Args:
         runner: runs the steps.
         tokenizer: None for a model without one; prompts are then token ids, and text is empty.
         vocab_size: token ids are below it.
         eos_token_ids: end a sequence, unless the request ignores them.
-        config: policy and seed are read from it.
+        config: policy, seed and the bounds of the queue are read from it.
+        clock: seconds; of the requests' arrival times, of all metrics and of the step log.
         step_log: where steps are written down; by default in memory only.
         builder: makes what the runner is given; by default batches.
-        sampling_defaults: what the model says of sampling, for callers to offer; requests come complete.
+        sampling_defaults: SamplingParams fields that the model's generation_config sets. Callers offer them to users;
+            the engine itself applies none to a request.
         queue: shared with the other replicas of the model; by default its own.
     """
 
@@ -412,8 +415,7 @@ class Engine:
             state = self._states.get(sequence.request.request_id)
             wanted = sequence.request.sampling_params.prompt_logprobs
             if state is not None and wanted is not None and sequence.scores_prompt:
-                # The logits at position p judge the prompt token at p + 1.
-                following = sequence.token_ids[start + 1 : min(start + count + 1, sequence.num_prompt_tokens)]
+                following = sequence.prompt_targets(start, count)
                 entries = [
                     position_logprobs(token, wanted, *(part[offset + i] for part in arrays))
                     for i, token in enumerate(following)

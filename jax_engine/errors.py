@@ -15,11 +15,23 @@ class InvalidRequest(EngineError, ValueError):
     Args:
         message: what was wrong, what was got, what is allowed.
         param: the name of the offending field, or None when no single field is at fault.
+        code: OpenAI's word for it, where it has one.
     """
 
-    def __init__(self, message: str, param: str | None = None):
+    def __init__(self, message: str, param: str | None = None, code: str | None = None):
         super().__init__(message)
         self.param = param
+        self.code = code
+
+
+def prompt_too_long(num_tokens: int, longest: int) -> InvalidRequest:
+    """The error for a prompt that leaves no room for an output, in the words by which clients know it."""
+    return InvalidRequest(
+        f"the prompt has {num_tokens} tokens; this model's maximum context length is {longest} tokens, for prompt and "
+        "output together",
+        "prompt",
+        "context_length_exceeded",
+    )
 
 
 class QueueFull(EngineError):

@@ -19,5 +19,5 @@ class Feature(enum.IntFlag):
     HIDDEN = 512  # somebody wants the hidden state of the prompt's last token
 
 
-#: What a greedy choice without log-probabilities does not need.
+#: The features that need the full sampler. A step with none of them takes each row's most likely token.
 SAMPLING = ~(Feature.PROMPT_LOGPROBS | Feature.HIDDEN)

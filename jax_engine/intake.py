@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence as AbstractSequence
 
 from jax_engine.config import Limits
 from jax_engine.constraints import MAX_BAN_TOKENS
-from jax_engine.errors import InvalidRequest
+from jax_engine.errors import InvalidRequest, prompt_too_long
 from jax_engine.grammar import Grammar, GrammarCompiler
 from jax_engine.request import MAX_NAME_CHARS, Request
 from jax_engine.sampling_params import SamplingParams
@@ -117,11 +117,7 @@ class Intake:
         if not token_ids:
             raise InvalidRequest("the prompt is empty", "prompt")
         if len(token_ids) >= self._limits.max_model_len:
-            raise InvalidRequest(
-                f"the prompt has {len(token_ids)} tokens; prompt and output together may have "
-                f"{self._limits.max_model_len}",
-                "prompt",
-            )
+            raise prompt_too_long(len(token_ids), self._limits.max_model_len)
         for name, ids in (
             ("prompt", token_ids),
             ("stop_token_ids", params.stop_token_ids or ()),

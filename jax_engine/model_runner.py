@@ -201,7 +201,8 @@ class ModelRunner:
         """Enqueues the sampling of a structured step, the last one dispatched, and returns at once.
 
         Args:
-            mask: [B, ceil(V / 32)] of the rows' grammars; see grammar.GrammarStates.masks.
+            mask: [B, ceil(V / 32)] int32, the bits of the tokens that each row's grammar allows; see
+                grammar.GrammarStates.end_masks.
         """
         bans, allowed = batch.constraints or (None, None)
         constraints = Constraints(bans, mask if allowed is None else mask & allowed)

@@ -1,8 +1,8 @@
 """Who is admitted next, and who gives way: the line of waiting sequences, in the order of one policy.
 
 The scheduler puts sequences in line, tells the time and what each step gave to whom, and asks. A policy changes no
-sequence, has no clock, and does all of it in O(log n). To add one: a class with the methods of Fcfs, and a line in
-POLICIES.
+sequence, has no clock, and does all of it in O(log n). To add one: derive a class from Fcfs, and name it in POLICIES
+and in config.SCHEDULING_POLICIES.
 """
 
 import heapq

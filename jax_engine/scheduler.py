@@ -11,7 +11,7 @@ from collections.abc import Sequence as AbstractSequence
 
 from jax_engine.buckets import choose_bucket, fill
 from jax_engine.config import Limits
-from jax_engine.errors import InvalidRequest
+from jax_engine.errors import prompt_too_long
 from jax_engine.page_pool import PagePool
 from jax_engine.policies import POLICIES
 from jax_engine.request import FinishReason
@@ -46,7 +46,6 @@ class Scheduler:
         self._last_leader: Sequence | None = None
         self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
         self._num_added = 0
-        self._num_queued_tokens = 0
         self._dropped_tickets: list[int] = []
         self._batch_is_closed = False  # in static scheduling nobody joins a closed batch until it has ended
 
@@ -54,11 +53,6 @@ class Scheduler:
     def num_waiting(self) -> int:
         """Sequences in line."""
         return len(self._policy) + len(self._following)
-
-    @property
-    def num_queued_tokens(self) -> int:
-        """Prompt tokens of the sequences in line."""
-        return self._num_queued_tokens
 
     @property
     def num_running(self) -> int:
@@ -78,10 +72,7 @@ class Scheduler:
         """
         longest = min(self.limits.max_model_len, self.limits.most_tokens(self.limits.num_pages))
         if sequence.num_prompt_tokens >= longest:
-            raise InvalidRequest(
-                f"the prompt has {sequence.num_prompt_tokens} tokens; prompt and output together may have {longest}",
-                "prompt",
-            )
+            raise prompt_too_long(sequence.num_prompt_tokens, longest)
         sequence.max_tokens_total = min(sequence.max_tokens_total, longest)
         sequence.order = self._num_added
         self._num_added += 1
@@ -91,9 +82,8 @@ class Scheduler:
         elif leader is not None and leader.request is sequence.request and self._can_lead(leader):
             self._followers.setdefault(leader, []).append(sequence)
             self._following.add(sequence)
-            self._num_queued_tokens += sequence.num_prompt_tokens
             return
-        self._enqueue(sequence)
+        self._policy.push(sequence)
 
     def finish(self, sequence: Sequence, reason: FinishReason, stop_reason: int | str | None = None) -> None:
         """Ends a sequence; what is in flight for it will be dropped. Finishing twice changes nothing."""
@@ -104,7 +94,6 @@ class Scheduler:
         else:
             line = self._following if sequence in self._following else self._policy
             line.discard(sequence)
-            self._num_queued_tokens -= sequence.num_prompt_tokens
         self._drop_swap(sequence)
         sequence.status = Status.FINISHED
         sequence.finish_reason = reason
@@ -258,7 +247,6 @@ class Scheduler:
                 no_room = True
                 break
             self._policy.pop()
-            self._num_queued_tokens -= sequence.num_prompt_tokens
             sequence.status = Status.RUNNING
             sequence.slot = self._free_slots.pop()
             self._running[sequence] = None
@@ -313,7 +301,7 @@ class Scheduler:
         sequence.status = Status.WAITING
         sequence.num_computed = 0
         sequence.num_preemptions += 1
-        self._enqueue(sequence)
+        self._policy.push(sequence)
         self._let_follow(sequence)
 
     def _drop_swap(self, sequence: Sequence) -> None:
@@ -321,10 +309,6 @@ class Scheduler:
             self.swap_space.give_back(sequence.swap)
             self._dropped_tickets.append(sequence.swap)
             sequence.swap = None
-
-    def _enqueue(self, sequence: Sequence) -> None:
-        self._policy.push(sequence)
-        self._num_queued_tokens += sequence.num_prompt_tokens
 
     def _can_lead(self, sequence: Sequence) -> bool:
         """Whether waiting for the sequence's prompt saves others of its request from computing it too."""
@@ -414,7 +398,6 @@ class Scheduler:
         self.swap_space.check({sequence.swap for sequence in known if sequence.swap is not None})
         waiting = [sequence for sequence in known if sequence.status is Status.WAITING]
         assert len(waiting) == self.num_waiting
-        assert sum(sequence.num_prompt_tokens for sequence in waiting) == self._num_queued_tokens
         assert self._following == {sequence for group in self._followers.values() for sequence in group} & known
         assert self._prefilling.keys() <= self._running.keys() and self._followers.keys() <= known
         assert len(self._prefilling) <= self._most_prefills

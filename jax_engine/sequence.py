@@ -96,6 +96,11 @@ class Sequence:
         """Whether the prompt's log-probabilities are taken from this sequence; the first of a request does it."""
         return self.index == 0 and self.request.sampling_params.prompt_logprobs is not None
 
+    def prompt_targets(self, start: int, count: int) -> list[int]:
+        """The prompt tokens that follow those at [start, start + count), whose logits judge them; fewer at the end of
+        the prompt."""
+        return self.token_ids[start + 1 : min(start + count + 1, self.num_prompt_tokens)]
+
     @property
     def num_output_tokens(self) -> int:
         """Output tokens known to the host."""

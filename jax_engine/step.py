@@ -28,8 +28,9 @@ class StepOutput:
     """What the model gives back besides the cache.
 
     Attributes:
-        rows: [size] int32 of BatchLayout.rows: the batch without its tokens. Rows that have ended are in the slot of
-            padding, so that what is sampled for them goes nowhere: what ended a row stays its slot's last token.
+        rows: [size] int32, the packed batch without its tokens, as the BatchLayout of Bucket(0, B, False) has it. Rows
+            that have ended are in the slot of padding, so that what is sampled for them goes nowhere: what ended a row
+            stays its slot's last token.
         logits: [B, V] float32 of each row's last token. last_hidden: [B, D], the hidden state they were made of.
         hidden: [T, D] of every token; None in a bucket for decode only, whose tokens are their rows' last.
     """
@@ -56,8 +57,11 @@ def compute(
         graph: the model without its weights. layout: of `packed`. page_size: tokens in a page. device: what the
             program is for. one_way: see StepContext. All of these are static.
         weights: the model's weights as plain dicts.
-        cache: donated; comes back updated.
+        cache: donated.
         packed: see BatchLayout.
+
+    Returns:
+        The cache with the keys and values of the batch's tokens in it, and what sampling needs.
     """
     model = nnx.merge(graph, weights)
     parts = layout.unpack(packed)
@@ -101,10 +105,15 @@ def compute(
 def choose_likeliest(
     layout: BatchLayout, last_tokens: Int[Array, " slots"], rows: Int[Array, " size"], logits: Float[Array, "B V"]
 ) -> tuple[Int[Array, " slots"], Int[Array, " B"]]:
-    """The tokens of a step without Feature bits that sampling needs, and the cache's last tokens with them.
+    """Greedy sampling, for a step in which no row uses a feature of features.SAMPLING.
 
     Args:
-        layout: BatchLayout.rows, static. last_tokens: of the cache, donated. rows, logits: see StepOutput.
+        layout: of `rows`, static.
+        last_tokens: of the cache, donated.
+        rows, logits: see StepOutput.
+
+    Returns:
+        The cache's last tokens, updated in the rows' slots; and the most likely token of each row.
     """
     tokens = greedy(logits)
     return last_tokens.at[layout.unpack(rows)["slots"]].set(tokens), tokens
@@ -120,11 +129,15 @@ def choose(
     adjustments: Adjustments,
     constraints: Constraints,
 ) -> tuple[Int[Array, " slots"], SamplerOutput]:
-    """The same for every step.
+    """Sampling with every feature, for any step.
 
     Args:
         page_size: tokens in a page, static. token_ids: of the cache after the step.
         adjustments, constraints: see Batch; the grammars' masks are among the constraints.
+        The others: see choose_likeliest.
+
+    Returns:
+        The cache's last tokens, updated in the rows' slots; and what was sampled, with log-probabilities.
     """
     parts = layout.unpack(rows)
     sampled = sample(logits, _sampling_inputs(layout, parts, token_ids, page_size, adjustments, constraints))
@@ -196,7 +209,7 @@ def ended_rows(parts: dict[str, Array], last_tokens: Int[Array, " slots"]) -> Bo
 
 
 def move_to_one_key(parts: dict[str, Array], ended: Bool[Array, " B"], layout: BatchLayout, page_size: int) -> None:
-    """Lets ended rows stand at position 0, where there is one key to attend to, of the page they stood in.
+    """Moves ended rows, by changing `parts`, to position 0 of the page they stood in, where there is one key to see.
 
     That page is their sequence's alone. Page 0 of the sequence may be shared, and not every kernel can be told to
     write nothing.

@@ -85,7 +85,7 @@ def to_api_error(error: Exception) -> ApiError:
         case ApiError():
             return error
         case InvalidRequest():
-            return bad_request(str(error), error.param)
+            return bad_request(str(error), error.param, error.code)
         case QueueFull():
             return ApiError(429, str(error), type="rate_limit_error", code="queue_full", retry_after=error.retry_after)
         case SlowReader():
@@ -108,7 +108,7 @@ def _from_http(error: web.HTTPException) -> ApiError:
     if isinstance(error, web.HTTPMethodNotAllowed):
         message = f"{error.method} is not allowed here; allowed: {', '.join(sorted(error.allowed_methods))}."
     elif error.status == 404:
-        message = "There is nothing at this address."
+        message = "There is nothing at this address; those of the API begin with /v1."
     elif error.status == 413:
         message = "The request body is larger than this server allows."
     return ApiError(error.status, message, code=_HTTP_CODES.get(error.status))

@@ -85,6 +85,8 @@ def figures(before: dict[str, Any], view: EngineView) -> str:
         return (later - earlier) / seconds
 
     idle = {cause: rate("device_idle_seconds", cause) for cause in now["device_idle_seconds"]}
+    others = sum(share for cause, share in idle.items() if cause != "no_work")
+    idle["no_work"] = min(idle["no_work"], max(0.0, 1 - others))  # counted when it ends: it may have begun before
     batched = rate("batched_tokens")
     padding = rate("padding_tokens") / batched if batched else 0.0
     causes = ", ".join(f"{cause} {share:.0%}" for cause, share in idle.items() if share >= 0.005)

@@ -147,12 +147,6 @@ MUTATIONS = (
     ),
     Mutation("prefills are not counted", SCHEDULER, ", self._most_prefills - len(self._prefilling))", ", 99)"),
     Mutation(
-        "the line grows on paper",
-        SCHEDULER,
-        "            self._policy.pop()\n            self._num_queued_tokens -= sequence.num_prompt_tokens\n",
-        "            self._policy.pop()\n",
-    ),
-    Mutation(
         "a static batch is joined",
         SCHEDULER,
         'self.limits.scheduling == "static" and self._batch',

@@ -212,9 +212,10 @@ async def test_frames_that_are_none_end_the_connection(data):
 
 
 def test_every_error_survives_the_way():
-    for error in (InvalidRequest("a", "b"), EngineStopped("c"), EngineError("d")):
+    for error in (InvalidRequest("a", "b", "c"), EngineStopped("c"), EngineError("d")):
         sent = msgspec.msgpack.decode(msgspec.msgpack.encode(wire.failure(1, error)), type=wire.Failure)
-        assert type(wire.error(sent)) is type(error) and str(wire.error(sent)) == str(error)
+        came = wire.error(sent)
+        assert type(came) is type(error) and str(came) == str(error) and vars(came) == vars(error)
 
 
 #: Answers to completions, by whichever process.

@@ -76,6 +76,11 @@ def smollm2() -> Checkpoint:
     return open_checkpoint("smollm2-135m-instruct")
 
 
+def test_the_default_model_is_sampled_as_its_makers_recommend(smollm2: Checkpoint) -> None:
+    assert smollm2.generation_config["temperature"] == 0.2 and smollm2.generation_config["top_p"] == 0.9
+    assert smollm2.eos_token_ids
+
+
 def test_smollm2_is_read_as_gguf_reads_it(smollm2: Checkpoint) -> None:
     reader = gguf.GGUFReader(smollm2.path)
     assert len(smollm2.tensors) == len(reader.tensors)

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from jax_engine.buckets import fill
-from jax_engine.config import EngineConfig, resolve
+from jax_engine.config import SCHEDULING_POLICIES, EngineConfig, resolve
 from jax_engine.errors import ConfigError, InvalidRequest
 from jax_engine.model_config import ModelConfig
 from jax_engine.policies import POLICIES, Fair, Slo
@@ -136,6 +136,10 @@ def test_an_unknown_class_is_refused():
         engine.make_request("r", [1], dataclasses.replace(make_sequence(1, 1).request.sampling_params), slo_class="x")
     with pytest.raises(InvalidRequest, match="512"):
         engine.make_request("r", [1], make_sequence(1, 1).request.sampling_params, user="x" * 513)
+
+
+def test_the_policies_that_a_config_may_name_are_those_that_exist():
+    assert set(POLICIES) == set(SCHEDULING_POLICIES)
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -288,3 +288,13 @@ async def test_model_without_tokenizer():
     assert "tokenizer" in (await post_for_error(engine, CHAT, {"messages": MESSAGES}))["message"]
     assert (await post_for_error(engine, COMPLETIONS, {"prompt": [1], "stop": "x"}))["param"] == "stop"
     assert (await post_for_error(engine, COMPLETIONS, {"prompt": [1], "echo": True}))["param"] == "echo"
+
+
+async def test_clients_are_told_of_too_long_a_prompt_in_the_words_they_look_for():
+    error = await post_for_error(FakeAsyncEngine(max_model_len=20), COMPLETIONS, {"prompt": "x" * 30})
+    assert error["code"] == "context_length_exceeded" and "maximum context length is 20 tokens" in error["message"]
+
+
+async def test_an_address_without_its_prefix_is_told_of_it():
+    error = await post_for_error(FakeAsyncEngine(), "/chat/completions", {"messages": MESSAGES}, status=404)
+    assert "/v1" in error["message"]

@@ -142,6 +142,17 @@ async def test_the_line_of_figures():
     assert "output 5 tok/s" in line and "device idle 10% (schedule 10%)" in line and "KV 0%" in line
 
 
+async def test_the_line_of_figures_after_a_long_pause():
+    """Having no work is counted when it ends, so some of it lay before the line's interval."""
+    engine = engine_with_numbers()
+    before = engine.metrics.snapshot() | {"wall_seconds": 0.0}
+    engine.metrics.add_phase("schedule", 1.0, True)
+    engine.metrics.add_no_work(40.0)
+    view = await engine.view()
+    view.figures["wall_seconds"] = 10.0
+    assert "device idle 100% (schedule 10%, no_work 90%)" in observe.figures(before, view)
+
+
 async def test_loop_lag_is_measured():
     async with client_of(FakeAsyncEngine()) as client:
         measuring = asyncio.create_task(observe.measure_lag(client.app[STATE].metrics))

@@ -14,7 +14,7 @@ import numpy as np
 
 from jax_engine.config import EngineConfig, Limits
 from jax_engine.engine_view import EngineView, look
-from jax_engine.errors import ConfigError, EngineStopped, InvalidRequest, QueueFull
+from jax_engine.errors import ConfigError, EngineStopped, InvalidRequest, QueueFull, prompt_too_long
 from jax_engine.metrics import Gauges, Metrics
 from jax_engine.request import CompletionOutput, FinishReason, Logprob, PositionLogprobs, RequestMetrics, RequestOutput
 from jax_engine.sampling_params import RequestOutputKind, SamplingParams
@@ -152,9 +152,7 @@ class FakeAsyncEngine:
         if not ids:
             raise InvalidRequest("the prompt is empty; at least one token is needed", "prompt")
         if len(ids) >= self.limits.max_model_len:
-            raise InvalidRequest(
-                f"the prompt has {len(ids)} tokens; at most {self.limits.max_model_len - 1} fit", "prompt"
-            )
+            raise prompt_too_long(len(ids), self.limits.max_model_len)
         if any(not 0 <= token < ByteTokenizer.vocab_size for token in ids):
             raise InvalidRequest(f"prompt token ids must be in [0, {ByteTokenizer.vocab_size})", "prompt")
         if len(self._live) >= self.max_waiting:

@@ -146,6 +146,7 @@ class Failure(msgspec.Struct, tag=2, array_like=True):
     message: str
     param: str | None = None
     retry_after: float = 0.0
+    code: str | None = None
 
 
 class Outputs(msgspec.Struct, tag=3, array_like=True):
@@ -216,13 +217,14 @@ def failure(number: int, error: EngineError) -> Failure:
     """An error as it is sent."""
     kind = next((name for name, kind in _KINDS.items() if isinstance(error, kind)), "EngineError")
     retry_after = getattr(error, "retry_after", 0.0)
-    return Failure(number, kind, str(error), getattr(error, "param", None), retry_after)
+    param, code = getattr(error, "param", None), getattr(error, "code", None)
+    return Failure(number, kind, str(error), param, retry_after, code)
 
 
 def error(failure: Failure) -> EngineError:
     """The error that was sent."""
     if failure.kind == "InvalidRequest":
-        return InvalidRequest(failure.message, failure.param)
+        return InvalidRequest(failure.message, failure.param, failure.code)
     if failure.kind == "QueueFull":
         return QueueFull(failure.message, failure.retry_after)
     return _KINDS.get(failure.kind, EngineError)(failure.message)
