@@ -143,9 +143,19 @@ class _Sizes:
         return 2 if self.head_dim <= 128 else 1
 
     @property
-    def stages_queries(self) -> bool:
-        """Whether there is room for the next item's queries while the current item's are multiplied."""
-        return self.head_dim <= 128 and not self.converts
+    def query_slots(self) -> int:
+        """2 where there is room for the next item's queries while the current item's are multiplied, else 1."""
+        return 2 if self.head_dim <= 128 and not self.converts else 1
+
+    @property
+    def columns(self) -> int:
+        """Of a head, those of one pattern in shared memory: queries and results are held in parts of so many."""
+        return swizzle(self.head_dim) // 2
+
+    @property
+    def parts(self) -> int:
+        """Parts of a head's queries and results."""
+        return self.head_dim // self.columns
 
 
 def prefill(
@@ -190,7 +200,6 @@ def prefill(
 def _entry(sizes: _Sizes, *refs):
     """Allocates shared memory and barriers, then runs the three warpgroups."""
     rows, block, width, stages = WARPGROUP_ROWS, sizes.block, sizes.head_dim, sizes.stages
-    layout = transforms(width)
     copies = max(block // sizes.page_size, 1)
     # The interpreter's way needs the probabilities in shared memory; the other has no use for them.
     p_shape = (1, 8, 64) if sizes.tiles.registers else (NUM_COMPUTE, rows, block)
@@ -206,36 +215,48 @@ def _entry(sizes: _Sizes, *refs):
         in_flight = 2 * sizes.tiles_ahead
         packed = plgpu.SMEM((in_flight, block, width), sizes.pool_dtype, transforms=packed_transforms(width))
         packed_full = plgpu.Barrier(num_arrivals=copies, num_barriers=in_flight)
-    staging = plgpu.SMEM((NUM_COMPUTE, rows, width), sizes.dtype) if sizes.stages_queries else None
-    handing_over = plgpu.Barrier(num_arrivals=NUM_COMPUTE)
+    slots = sizes.query_slots
     pl.run_scoped(
         run,
-        staging,
-        plgpu.SMEM((NUM_COMPUTE, rows, width), sizes.dtype, transforms=layout),
-        plgpu.SMEM((stages, block, width), sizes.dtype, transforms=layout),
+        _two_views(sizes, slots, sizes.dtype),
+        plgpu.SMEM((stages, block, width), sizes.dtype, transforms=transforms(width)),
         packed,
-        plgpu.SMEM((NUM_COMPUTE, rows, width), sizes.out_dtype),
+        _two_views(sizes, 1, sizes.out_dtype),
         plgpu.SMEM(p_shape, sizes.dtype, transforms=transforms(p_shape[-1])),
-        handing_over if sizes.stages_queries else None,
-        handing_over if sizes.stages_queries else None,
+        plgpu.Barrier(num_arrivals=NUM_COMPUTE * sizes.parts, num_barriers=slots),
+        plgpu.Barrier(num_arrivals=NUM_COMPUTE, num_barriers=slots),
         plgpu.Barrier(num_arrivals=1 if sizes.converts else copies, num_barriers=stages),
         plgpu.Barrier(num_arrivals=NUM_COMPUTE, num_barriers=stages),
         packed_full,
-        handing_over,
+        plgpu.Barrier(num_arrivals=NUM_COMPUTE),
         collective_axes="warpgroup",
     )
+
+
+def _two_views(sizes: _Sizes, slots: int, dtype):
+    """Memory for 64 rows of a head for each compute warpgroup, in parts, under two names: for the tensor cores, and for
+    the copy engine.
+
+    The tensor cores' layout is of tiles of eight rows, and so Pallas copies it to and from device memory at every
+    eighth token only, where a row's tokens may start anywhere. A part is as wide as the pattern that its rows are laid
+    in, which the memory's address gives, so that its bytes lie the same in tiles of one row, which may start anywhere.
+    The interpreter, which knows no layouts, has one name for both.
+    """
+    shape, pattern = (slots, NUM_COMPUTE, sizes.parts, WARPGROUP_ROWS, sizes.columns), swizzle(sizes.head_dim)
+    of_tensor_cores = plgpu.SMEM(shape, dtype, transforms=transforms(sizes.head_dim))
+    if not sizes.tiles.registers:
+        return of_tensor_cores
+    by_rows = (plgpu.TilingTransform((1, sizes.columns)), plgpu.SwizzleTransform(pattern))
+    return plgpu.RefUnion(of_tensor_cores, plgpu.SMEM(shape, dtype, transforms=by_rows))
 
 
 class _Shared(NamedTuple):
     """Shared memory of a thread block, and the barriers that hand its parts over.
 
-    Queries come into `staging`, since the copy engine writes the tensor cores' layout only at every eighth token, and a
-    row's tokens may start anywhere; where there is no room for it, through registers. `tiles` holds keys and values in
-    turn, `packed` those of 8 bits before they are converted. `turn` gives the tensor cores to one compute warpgroup at
-    a time.
+    `q` and `out` are those of _two_views. `tiles` holds keys and values in turn, `packed` those of 8 bits before they
+    are converted. `turn` gives the tensor cores to one compute warpgroup at a time.
     """
 
-    staging: Any
     q: Any
     tiles: Any
     packed: Any
@@ -247,6 +268,11 @@ class _Shared(NamedTuple):
     free: Any
     packed_full: Any
     turn: Any
+
+
+def _views(sizes: _Sizes, memory):
+    """(for the tensor cores, for the copy engine): what _two_views allocated."""
+    return tuple(memory) if sizes.tiles.registers else (memory, memory)
 
 
 def _for_items(sizes: _Sizes, blocks, num_blocks, visit, carry):
@@ -295,7 +321,8 @@ def _fetch(sizes: _Sizes, refs, memory: _Shared):
     """The memory warpgroup: queries and key and value tiles of all items, as fast as buffers come free."""
     plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
     q_ref, pool_ref, table_ref, blocks_ref, num_blocks_ref, first_ref, *_ = refs
-    block, page_size, stages = sizes.block, sizes.page_size, sizes.stages
+    block, page_size, stages, slots = sizes.block, sizes.page_size, sizes.stages, sizes.query_slots
+    _, queries = _views(sizes, memory.q)
     first_page = first_ref[0]
     size = min(block, page_size)
 
@@ -339,29 +366,31 @@ def _fetch(sizes: _Sizes, refs, memory: _Shared):
             load_packed(item, tile + ahead, step + ahead, part)
         return step + 1
 
-    def visit(index, item, step):
-        if sizes.stages_queries:
-            pl.when(index > 0)(lambda: plgpu.barrier_wait(memory.q_free))
-            for warpgroup in range(NUM_COMPUTE):
-                token, *_ = _query_span(sizes, item, warpgroup)
-                head = item.head + (warpgroup if sizes.heads == 2 else 0)
-                source = q_ref.at[pl.ds(token, WARPGROUP_ROWS), head]
-                plgpu.copy_gmem_to_smem(source, memory.staging.at[warpgroup], memory.q_full)
+    def visit(index, item, carry):
+        slot = lax.rem(index, jnp.int32(slots))
+        pl.when(index >= slots)(lambda: plgpu.barrier_wait(memory.q_free.at[slot]))
+        for warpgroup, part in itertools.product(range(NUM_COMPUTE), range(sizes.parts)):
+            token, *_ = _query_span(sizes, item, warpgroup)
+            head = item.head + (warpgroup if sizes.heads == 2 else 0)
+            source = q_ref.at[pl.ds(token, WARPGROUP_ROWS), head, pl.ds(part * sizes.columns, sizes.columns)]
+            plgpu.copy_gmem_to_smem(source, queries.at[slot, warpgroup, part], memory.q_full.at[slot])
+        step, _ = carry
         if sizes.converts:
             for ahead, part in itertools.product(range(sizes.tiles_ahead), (0, 1)):
                 load_packed(item, item.begin + ahead, step + ahead, part)
         load_tile = convert if sizes.converts else load
-        return lax.fori_loop(item.begin, item.end, lambda tile, step: load_tile(item, tile, step), step)
+        return lax.fori_loop(item.begin, item.end, lambda tile, step: load_tile(item, tile, step), step), index + 1
 
-    steps = _for_items(sizes, blocks_ref, num_blocks_ref, visit, jnp.int32(0))
+    steps, items = _for_items(sizes, blocks_ref, num_blocks_ref, visit, (jnp.int32(0), jnp.int32(0)))
 
     # Nobody may leave while arrivals are outstanding.
     @pl.loop(jnp.maximum(2 * steps - stages, 0), 2 * steps)
     def _(number):
         plgpu.barrier_wait(memory.free.at[lax.rem(number, jnp.int32(stages))])
 
-    if sizes.stages_queries:
-        pl.when(steps > 0)(lambda: plgpu.barrier_wait(memory.q_free))
+    @pl.loop(jnp.maximum(items - slots, 0), items)
+    def _(index):
+        plgpu.barrier_wait(memory.q_free.at[lax.rem(index, jnp.int32(slots))])
 
 
 def _convert_tile(sizes: _Sizes, packed, tile):
@@ -377,35 +406,29 @@ def _convert_tile(sizes: _Sizes, packed, tile):
 def _compute(sizes: _Sizes, refs, memory: _Shared, warpgroup):
     """A compute warpgroup: online softmax over each item's tiles, then its tokens' results to device memory."""
     plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-    q_ref, _, _, blocks_ref, num_blocks_ref, _, sinks_ref, out_ref = refs
+    _, _, _, blocks_ref, num_blocks_ref, _, sinks_ref, out_ref = refs
+    queries, _ = _views(sizes, memory.q)
     rows, width = WARPGROUP_ROWS, sizes.head_dim
     pl.when(warpgroup == 1)(lambda: _pass_turn(memory))
 
     def visit(index, item, step):
-        token, _, _, position = span = _query_span(sizes, item, warpgroup)
+        _, _, _, position = span = _query_span(sizes, item, warpgroup)
         head = item.head + (warpgroup if sizes.heads == 2 else 0)
-        if sizes.stages_queries:
-            plgpu.barrier_wait(memory.q_full)
-            memory.q[warpgroup] = plgpu.load(memory.staging.at[warpgroup], layout=plgpu.Layout.WGMMA)
-        else:
-            columns = swizzle(width) // 2  # of one pattern; all of a wide head at once would not fit registers
-            for first in range(0, width, columns):
-                here = pl.ds(first, columns)
-                queries = q_ref.at[pl.ds(token, rows), head, here]
-                memory.q[warpgroup, :, here] = plgpu.load(queries, layout=plgpu.Layout.WGMMA, optimized=False)
-        plgpu.commit_smem()
-        if sizes.stages_queries:
-            plgpu.barrier_arrive(memory.q_free)
+        slot = lax.rem(index, jnp.int32(sizes.query_slots))
+        plgpu.barrier_wait(memory.q_full.at[slot])
         statistic = plgpu.Layout.WGMMA.reduce(1)
         acc = plgpu.layout_cast(jnp.zeros((rows, width), jnp.float32), plgpu.Layout.WGMMA)
         top = plgpu.layout_cast(jnp.full((rows,), MASKED, jnp.float32), statistic)
         total = plgpu.layout_cast(jnp.zeros((rows,), jnp.float32), statistic)
 
         def attend(masked, tile, carry):
-            return _attend_tile(sizes, memory, warpgroup, item, position, masked, tile, carry)
+            return _attend_tile(
+                sizes, memory, queries.at[slot, warpgroup], warpgroup, item, position, masked, tile, carry
+            )
 
         carry = lax.fori_loop(item.begin, item.full, functools.partial(attend, False), (acc, top, total, step))
         acc, top, total, step = lax.fori_loop(item.full, item.end, functools.partial(attend, True), carry)
+        plgpu.barrier_arrive(memory.q_free.at[slot])
         if sizes.has_sinks:
             total = total + jnp.exp2(sinks_ref[head] * LOG2E - top * exponent(sizes.options))
         _store(sizes, memory, warpgroup, head, span, acc, total, out_ref)
@@ -421,7 +444,7 @@ def _pass_turn(memory: _Shared):
     plgpu.barrier_wait(memory.turn)
 
 
-def _attend_tile(sizes: _Sizes, memory: _Shared, warpgroup, item: _Item, position, masked: bool, tile, carry):
+def _attend_tile(sizes: _Sizes, memory: _Shared, queries, warpgroup, item: _Item, position, masked: bool, tile, carry):
     """One step of online softmax: scores of a key tile, then their weights times the value tile."""
     acc, top, total, step = carry
     rows, block, options = WARPGROUP_ROWS, sizes.block, sizes.options
@@ -430,7 +453,12 @@ def _attend_tile(sizes: _Sizes, memory: _Shared, warpgroup, item: _Item, positio
     plgpu.barrier_wait(memory.full.at[of_keys])
 
     def multiply_keys(scores):
-        plgpu.wgmma(scores, memory.q.at[warpgroup], memory.tiles.at[of_keys].transpose((1, 0)))
+        # Four parts written out would take registers that a wide head has not got.
+        @pl.loop(0, sizes.parts, unroll=sizes.parts if sizes.parts <= 3 else 1)
+        def _(part):
+            keys = memory.tiles.at[of_keys, :, pl.ds(part * sizes.columns, sizes.columns)]
+            plgpu.wgmma(scores, queries.at[part], keys.transpose((1, 0)))
+
         _pass_turn(memory)
         return scores[...]
 
@@ -464,12 +492,17 @@ def _store(sizes: _Sizes, memory: _Shared, warpgroup, head, span, acc, total, ou
     token, shift, size, _ = span
     inverse = jnp.where(total > 0, 1.0 / jnp.maximum(total, 1e-30), 0.0)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the item before
-    out = memory.out.at[warpgroup]
-    out[...] = (acc * lax.broadcast_in_dim(inverse, acc.shape, [0])).astype(sizes.out_dtype)
+    registers, rows = (view.at[0, warpgroup] for view in _views(sizes, memory.out))
+    columns = [slice(first, first + sizes.columns) for first in range(0, sizes.head_dim, sizes.columns)]
+    for part, here in enumerate(columns):
+        sums = acc[:, here]
+        registers[part] = (sums * lax.broadcast_in_dim(inverse, sums.shape, [0])).astype(sizes.out_dtype)
     plgpu.commit_smem()
 
     def copy(first, count):
-        plgpu.copy_smem_to_gmem(out.at[pl.ds(first, count)], out_ref.at[pl.ds(token + first, count), head])
+        for part, here in enumerate(columns):
+            source = rows.at[part, pl.ds(first, count)]
+            plgpu.copy_smem_to_gmem(source, out_ref.at[pl.ds(token + first, count), head, here])
 
     pl.when(size == WARPGROUP_ROWS)(lambda: copy(0, WARPGROUP_ROWS))
     count = WARPGROUP_ROWS // 2
