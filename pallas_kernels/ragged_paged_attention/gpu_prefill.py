@@ -86,7 +86,8 @@ def tokens_per_block(group: int) -> int:
 
 
 class _Item(NamedTuple):
-    """A block of query tokens under one head, or two: key tiles [begin, end); those below `full` need no mask."""
+    """A block of query tokens under one head, or two: key tiles [begin, end); those below `full` need no mask, and of
+    those from `whole` on, one or none, no query sees the second half."""
 
     row: Any
     token: Any
@@ -96,6 +97,7 @@ class _Item(NamedTuple):
     head: Any
     begin: Any
     full: Any
+    whole: Any
     end: Any
 
 
@@ -124,6 +126,11 @@ class _Sizes:
     def block(self) -> int:
         """Key positions of a tile."""
         return self.tiles.prefill_block if self.head_dim <= 128 else min(self.tiles.prefill_block, 64)
+
+    @property
+    def halves(self) -> bool:
+        """Whether half a tile is computed where no query sees more of it."""
+        return self.head_dim <= 128 and not self.converts
 
     @property
     def converts(self) -> bool:
@@ -299,8 +306,11 @@ def _for_items(sizes: _Sizes, blocks, num_blocks, visit, carry):
             begin = lax.div(jnp.maximum(position - window + 1, 0), block)
             full = begin
         end = lax.div(position + size + block - 1, block)
+        whole = end
+        if sizes.halves:
+            whole = end - jnp.where(lax.rem(position + size - 1, block) < block // 2, 1, 0)
         head = lax.rem(item, jnp.int32(per_block)) * sizes.heads
-        return visit(turn, _Item(row, token, size, position, length, head, begin, full, end), carry)
+        return visit(turn, _Item(row, token, size, position, length, head, begin, full, whole, end), carry)
 
     return lax.fori_loop(0, rounds, body, carry)
 
@@ -421,13 +431,16 @@ def _compute(sizes: _Sizes, refs, memory: _Shared, warpgroup):
         top = plgpu.layout_cast(jnp.full((rows,), MASKED, jnp.float32), statistic)
         total = plgpu.layout_cast(jnp.zeros((rows,), jnp.float32), statistic)
 
-        def attend(masked, tile, carry):
-            return _attend_tile(
-                sizes, memory, queries.at[slot, warpgroup], warpgroup, item, position, masked, tile, carry
-            )
+        def attend(masked, keys, tile, carry):
+            q = queries.at[slot, warpgroup]
+            return _attend_tile(sizes, memory, q, warpgroup, item, position, masked, keys, tile, carry)
 
-        carry = lax.fori_loop(item.begin, item.full, functools.partial(attend, False), (acc, top, total, step))
-        acc, top, total, step = lax.fori_loop(item.full, item.end, functools.partial(attend, True), carry)
+        carry = (acc, top, total, step)
+        carry = lax.fori_loop(item.begin, item.full, functools.partial(attend, False, sizes.block), carry)
+        carry = lax.fori_loop(item.full, item.whole, functools.partial(attend, True, sizes.block), carry)
+        if sizes.halves:
+            carry = lax.fori_loop(item.whole, item.end, functools.partial(attend, True, sizes.block // 2), carry)
+        acc, top, total, step = carry
         plgpu.barrier_arrive(memory.q_free.at[slot])
         if sizes.has_sinks:
             total = total + jnp.exp2(sinks_ref[head] * LOG2E - top * exponent(sizes.options))
@@ -444,30 +457,32 @@ def _pass_turn(memory: _Shared):
     plgpu.barrier_wait(memory.turn)
 
 
-def _attend_tile(sizes: _Sizes, memory: _Shared, queries, warpgroup, item: _Item, position, masked: bool, tile, carry):
-    """One step of online softmax: scores of a key tile, then their weights times the value tile."""
+def _attend_tile(
+    sizes: _Sizes, memory: _Shared, queries, warpgroup, item: _Item, position, masked: bool, keys: int, tile, carry
+):
+    """One step of online softmax: scores of the first `keys` of a tile, then their weights times the values."""
     acc, top, total, step = carry
     rows, block, options = WARPGROUP_ROWS, sizes.block, sizes.options
     of_keys, of_values = (lax.rem(2 * step + part, jnp.int32(sizes.stages)) for part in (0, 1))
-    values = memory.tiles.at[of_values]
+    values = memory.tiles.at[of_values, pl.ds(0, keys)]
     plgpu.barrier_wait(memory.full.at[of_keys])
 
     def multiply_keys(scores):
         # Four parts written out would take registers that a wide head has not got.
-        @pl.loop(0, sizes.parts, unroll=sizes.parts if sizes.parts <= 3 else 1)
+        @pl.loop(0, sizes.parts, unroll=sizes.parts if sizes.parts <= 2 else 1)
         def _(part):
-            keys = memory.tiles.at[of_keys, :, pl.ds(part * sizes.columns, sizes.columns)]
-            plgpu.wgmma(scores, queries.at[part], keys.transpose((1, 0)))
+            columns = memory.tiles.at[of_keys, pl.ds(0, keys), pl.ds(part * sizes.columns, sizes.columns)]
+            plgpu.wgmma(scores, queries.at[part], columns.transpose((1, 0)))
 
         _pass_turn(memory)
         return scores[...]
 
-    scores = pl.run_scoped(multiply_keys, plgpu.ACC((rows, block), jnp.float32))
+    scores = pl.run_scoped(multiply_keys, plgpu.ACC((rows, keys), jnp.float32))
     plgpu.barrier_arrive(memory.free.at[of_keys])
     scores = cap_scores(scores, options)
     if masked:
-        key = plgpu.broadcasted_iota(jnp.int32, (rows, block), 1, layout=plgpu.Layout.WGMMA) + tile * block
-        query = plgpu.broadcasted_iota(jnp.int32, (rows, block), 0, layout=plgpu.Layout.WGMMA) + position
+        key = plgpu.broadcasted_iota(jnp.int32, (rows, keys), 1, layout=plgpu.Layout.WGMMA) + tile * block
+        query = plgpu.broadcasted_iota(jnp.int32, (rows, keys), 0, layout=plgpu.Layout.WGMMA) + position
         seen = key <= query
         if options.sliding_window is not None:
             seen = seen & (key > query - options.sliding_window)
@@ -479,10 +494,10 @@ def _attend_tile(sizes: _Sizes, memory: _Shared, queries, warpgroup, item: _Item
     plgpu.barrier_arrive(memory.turn)
     plgpu.barrier_wait(memory.full.at[of_values])
     if masked:
-        unwritten = (tile + 1) * block > item.length
+        unwritten = tile * block + keys > item.length
         pl.when(unwritten)(lambda: clear_unwritten(values, item.length - tile * block))
     plgpu.barrier_wait(memory.turn)
-    acc = add_values(acc, weights, values, memory.p.at[warpgroup], sizes.tiles.registers)
+    acc = add_values(acc, weights, values, memory.p.at[warpgroup, :, pl.ds(0, keys)], sizes.tiles.registers)
     plgpu.barrier_arrive(memory.free.at[of_values])
     return acc, top, total, step + 1
 
