@@ -417,7 +417,6 @@ def _compute(sizes: _Sizes, refs, memory: _Shared, warpgroup):
     """A compute warpgroup: online softmax over each item's tiles, then its tokens' results to device memory."""
     plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
     _, _, _, blocks_ref, num_blocks_ref, _, sinks_ref, out_ref = refs
-    queries, _ = _views(sizes, memory.q)
     rows, width = WARPGROUP_ROWS, sizes.head_dim
     pl.when(warpgroup == 1)(lambda: _pass_turn(memory))
 
@@ -432,8 +431,7 @@ def _compute(sizes: _Sizes, refs, memory: _Shared, warpgroup):
         total = plgpu.layout_cast(jnp.zeros((rows,), jnp.float32), statistic)
 
         def attend(masked, keys, tile, carry):
-            q = queries.at[slot, warpgroup]
-            return _attend_tile(sizes, memory, q, warpgroup, item, position, masked, keys, tile, carry)
+            return _attend_tile(sizes, memory, warpgroup, item, slot, position, masked, keys, tile, carry)
 
         carry = (acc, top, total, step)
         carry = lax.fori_loop(item.begin, item.full, functools.partial(attend, False, sizes.block), carry)
@@ -441,7 +439,8 @@ def _compute(sizes: _Sizes, refs, memory: _Shared, warpgroup):
         if sizes.halves:
             carry = lax.fori_loop(item.whole, item.end, functools.partial(attend, True, sizes.block // 2), carry)
         acc, top, total, step = carry
-        plgpu.barrier_arrive(memory.q_free.at[slot])
+        if sizes.query_slots > 1:
+            plgpu.barrier_arrive(memory.q_free.at[slot])
         if sizes.has_sinks:
             total = total + jnp.exp2(sinks_ref[head] * LOG2E - top * exponent(sizes.options))
         _store(sizes, memory, warpgroup, head, span, acc, total, out_ref)
@@ -458,13 +457,14 @@ def _pass_turn(memory: _Shared):
 
 
 def _attend_tile(
-    sizes: _Sizes, memory: _Shared, queries, warpgroup, item: _Item, position, masked: bool, keys: int, tile, carry
+    sizes: _Sizes, memory: _Shared, warpgroup, item: _Item, slot, position, masked: bool, keys: int, tile, carry
 ):
     """One step of online softmax: scores of the first `keys` of a tile, then their weights times the values."""
     acc, top, total, step = carry
     rows, block, options = WARPGROUP_ROWS, sizes.block, sizes.options
     of_keys, of_values = (lax.rem(2 * step + part, jnp.int32(sizes.stages)) for part in (0, 1))
     values = memory.tiles.at[of_values, pl.ds(0, keys)]
+    queries, _ = _views(sizes, memory.q)
     plgpu.barrier_wait(memory.full.at[of_keys])
 
     def multiply_keys(scores):
@@ -472,13 +472,16 @@ def _attend_tile(
         @pl.loop(0, sizes.parts, unroll=sizes.parts if sizes.parts <= 2 else 1)
         def _(part):
             columns = memory.tiles.at[of_keys, pl.ds(0, keys), pl.ds(part * sizes.columns, sizes.columns)]
-            plgpu.wgmma(scores, queries.at[part], columns.transpose((1, 0)))
+            plgpu.wgmma(scores, queries.at[slot, warpgroup, part], columns.transpose((1, 0)))
 
         _pass_turn(memory)
         return scores[...]
 
     scores = pl.run_scoped(multiply_keys, plgpu.ACC((rows, keys), jnp.float32))
     plgpu.barrier_arrive(memory.free.at[of_keys])
+    if sizes.query_slots == 1:
+        # Not later: the other warpgroup's first product of the next item ends this one's wait for its turn below.
+        pl.when(tile == item.end - 1)(lambda: plgpu.barrier_arrive(memory.q_free.at[slot]))
     scores = cap_scores(scores, options)
     if masked:
         key = plgpu.broadcasted_iota(jnp.int32, (rows, keys), 1, layout=plgpu.Layout.WGMMA) + tile * block
