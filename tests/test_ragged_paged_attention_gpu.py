@@ -20,6 +20,7 @@ from pallas_kernels.ragged_paged_attention import (
 )
 from pallas_kernels.ragged_paged_attention.cases import Inputs, Mix, Shape, in_8_bits, make_inputs
 from pallas_kernels.ragged_paged_attention.gpu_decode import DecodeWork, item_cost, max_splits, plan_decode
+from pallas_kernels.ragged_paged_attention.gpu_prefill import plan_prefill
 from pallas_kernels.ragged_paged_attention.gpu_tiles import HOPPER, INTERPRETED
 
 LAYER = 1
@@ -263,6 +264,33 @@ def test_a_row_is_cut_by_its_own_length():
     alone = plan_decode(jnp.asarray([5000, 0, 0], jnp.int32), 9000, HOPPER).rows[0, 1:3]
     together = plan_decode(jnp.asarray([5000, 9000, 70], jnp.int32), 9000, HOPPER).rows[0, 1:3]
     assert alone.tolist() == together.tolist()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_token_that_is_no_decode_is_in_one_block(seed):
+    """Padding tokens too, in blocks that see no key; the blocks with most keys first."""
+    rng = np.random.default_rng(seed)
+    num_decodes, num_longer, block_q = int(rng.integers(0, 9)), int(rng.integers(0, 9)), int(rng.choice([64, 128]))
+    query_lens = np.append(np.ones(num_decodes, int), rng.integers(2, rng.choice([4, 300]), num_longer))
+    query_lens = np.append(query_lens, np.zeros(int(rng.integers(1, 4)), int))
+    kv_lens = np.where(query_lens > 0, query_lens + rng.integers(0, 500, query_lens.size), 0)
+    starts = np.append(0, np.cumsum(query_lens))
+    num_tokens = int(starts[-1] + rng.choice([0, 1, 64, 500]))
+    arrays = (jnp.asarray(x, jnp.int32) for x in (kv_lens, starts, num_decodes))
+    work = plan_prefill(*arrays, num_tokens=num_tokens, block_q=block_q)
+    blocks = np.asarray(work.blocks)[: int(work.num_blocks[0])]
+    assert int(work.num_blocks[0]) <= len(work.blocks)
+    seen = np.zeros(num_tokens, int)
+    for row, first, size, position, length in blocks:
+        assert 0 < size <= block_q
+        seen[first : first + size] += 1
+        if first < starts[-1]:
+            assert starts[row] <= first and first + size <= starts[row + 1] and length == kv_lens[row]
+            assert position == length - query_lens[row] + first - starts[row]
+        else:
+            assert position + size <= 0
+    assert (seen == (np.arange(num_tokens) >= num_decodes)).all()
+    assert (np.diff(blocks[:, 3] + blocks[:, 2]) <= 0).all()
 
 
 def test_a_step_of_little_but_padding_ends():

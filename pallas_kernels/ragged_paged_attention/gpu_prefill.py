@@ -48,12 +48,13 @@ COMPUTE_REGISTERS, MEMORY_REGISTERS = 232, 40
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PrefillWork:
-    """Blocks of query tokens of the longer rows, the one with most keys first.
+    """Blocks of query tokens of the longer rows, the one with most keys first, and then those of padding tokens.
 
     Each sees a key tile: compute warpgroups take turns by tiles, and with two items of none would never end.
 
     Attributes:
-        blocks: [G, 5] int32: row, first packed token, tokens, position of the first, KV length of the row.
+        blocks: [G, 5] int32: row, first packed token, tokens, position of the first, KV length of the row. Blocks of
+            padding tokens have positions below zero, so they see no key and their results are zeros.
         num_blocks: [1] int32, how many of the G are real.
     """
 
@@ -62,20 +63,23 @@ class PrefillWork:
 
 
 def plan_prefill(kv_lens, query_starts, num_decodes, *, num_tokens: int, block_q: int) -> PrefillWork:
-    """Cuts the rows past the decodes into blocks of at most block_q tokens. See PrefillWork."""
+    """Cuts the rows past the decodes, and what is left of num_tokens, into blocks of at most block_q tokens. See
+    PrefillWork."""
     batch = kv_lens.shape[0]
-    query_lens = query_starts[1:] - query_starts[:-1]
-    counts = jnp.where(jnp.arange(batch) >= num_decodes, -(-query_lens // block_q), 0)
+    starts = jnp.append(query_starts, num_tokens)  # the padding tokens are one row more
+    query_lens = starts[1:] - starts[:-1]
+    counts = jnp.where(jnp.arange(batch + 1) >= num_decodes, -(-query_lens // block_q), 0)
     ends = jnp.cumsum(counts)
-    # Every longer row has at least two tokens and at most one block that is not full.
-    most = num_tokens // block_q + min(batch, -(-num_tokens // 2))
+    # Every longer row has at least two tokens and at most one block that is not full; so has the padding.
+    most = num_tokens // block_q + min(batch, -(-num_tokens // 2)) + 1
     block = jnp.arange(most, dtype=jnp.int32)
-    row = jnp.minimum(jnp.searchsorted(ends, block, side="right", method="compare_all"), batch - 1).astype(jnp.int32)
+    row = jnp.minimum(jnp.searchsorted(ends, block, side="right", method="compare_all"), batch).astype(jnp.int32)
     first = (block - (ends - counts)[row]) * block_q
     real = block < ends[-1]
     size = jnp.where(real, jnp.clip(query_lens[row] - first, 0, block_q), 0)
-    position = (kv_lens - query_lens)[row] + first
-    blocks = jnp.stack([row, query_starts[row] + first, size, position, kv_lens[row]], axis=-1)
+    padding, row_of_kv = row == batch, jnp.minimum(row, batch - 1)
+    position = jnp.where(padding, -size, kv_lens[row_of_kv] - query_lens[row] + first)
+    blocks = jnp.stack([row_of_kv, starts[row] + first, size, position, kv_lens[row_of_kv]], axis=-1)
     order = jnp.argsort(jnp.where(real, -(position + size), 1), stable=True)
     return PrefillWork(blocks[order].astype(jnp.int32), ends[-1:].astype(jnp.int32))
 
@@ -168,7 +172,7 @@ class _Sizes:
 def prefill(
     q: jax.Array, pool: jax.Array, table: jax.Array, work: PrefillWork, first_page, options: Options, tiles: Tiles
 ) -> jax.Array:
-    """Attention of the blocks' tokens: q [T, N, H], table [B, P] -> [T, N, H]; other tokens hold anything."""
+    """Attention of the blocks' tokens: q [T, N, H], table [B, P] -> [T, N, H]; those of decodes hold anything."""
     num_tokens, num_heads, head_dim = q.shape
     _, num_kv_heads, _, page_size, _ = pool.shape
     dtype, out_dtype = product_dtype(q.dtype, pool.dtype), q.dtype
@@ -305,7 +309,7 @@ def _for_items(sizes: _Sizes, blocks, num_blocks, visit, carry):
         if window is not None:
             begin = lax.div(jnp.maximum(position - window + 1, 0), block)
             full = begin
-        end = lax.div(position + size + block - 1, block)
+        end = jnp.maximum(lax.div(position + size + block - 1, block), 1)  # each block takes part in the turns
         whole = end
         if sizes.halves:
             whole = end - jnp.where(lax.rem(position + size - 1, block) < block // 2, 1, 0)
