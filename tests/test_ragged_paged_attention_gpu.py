@@ -20,6 +20,7 @@ from pallas_kernels.ragged_paged_attention import (
 )
 from pallas_kernels.ragged_paged_attention.cases import Inputs, Mix, Shape, in_8_bits, make_inputs
 from pallas_kernels.ragged_paged_attention.gpu_decode import DecodeWork, item_cost, max_splits, plan_decode
+from pallas_kernels.ragged_paged_attention.gpu_prefill import plan_prefill
 from pallas_kernels.ragged_paged_attention.gpu_tiles import HOPPER, INTERPRETED
 
 LAYER = 1
@@ -85,8 +86,29 @@ def test_decode_shapes_of_a_pool_of_8_bits(pool_dtype, shape, dtype):
     _check_8_bits(pool_dtype, shape, Mix(((200, 1),), 2, 2), 32, dtype, sliding_window=150)
 
 
-def test_longer_rows_of_a_pool_of_8_bits():
-    _check_8_bits(jnp.float8_e4m3fn, Shape(2, 1, 64), Mix(((70, 1), (20, 20), (80, 67)), 90, 4), 32)
+@pytest.mark.parametrize("pool_dtype", [jnp.int8, jnp.float8_e4m3fn])
+def test_longer_rows_of_a_pool_of_8_bits(pool_dtype, monkeypatch):
+    """Through the warpgroup that fetches and converts, with more tiles than there are buffers; nothing through XLA."""
+    monkeypatch.setattr(xla, "attend", None)
+    _check_8_bits(pool_dtype, Shape(2, 1, 64), Mix(((70, 1), (20, 20), (300, 67)), 90, 4), 32)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("pool_dtype", "shape", "dtype"),
+    [
+        (jnp.float8_e4m3fn, Shape(3, 1, 128), jnp.float16),
+        (jnp.float8_e4m3fn, Shape(2, 1, 96), jnp.bfloat16),
+        (jnp.int8, Shape(2, 1, 128), jnp.bfloat16),
+        (jnp.int8, Shape(3, 1, 256), jnp.bfloat16),
+        (jnp.float8_e4m3fn, Shape(2, 1, 256), jnp.bfloat16),
+    ],
+)
+def test_prefill_shapes_of_a_pool_of_8_bits(pool_dtype, shape, dtype, monkeypatch):
+    monkeypatch.setattr(xla, "attend", None)
+    sinks = jnp.linspace(-1.0, 2.0, shape.num_heads)
+    options = {"sliding_window": 150, "logits_soft_cap": 3.0, "sinks": sinks}
+    _check_8_bits(pool_dtype, shape, Mix(((330, 70), (3, 3)), 80, 3), 16, dtype, **options)
 
 
 def test_int8_with_float16_takes_the_fallback():
@@ -135,12 +157,13 @@ def test_mixed():
     _check(Shape(2, 1, 64), Mix(((70, 1), (20, 20), (80, 67)), 90, 4), 32)
 
 
-def test_a_token_is_the_same_however_its_row_is_cut():
+@pytest.mark.parametrize("pool_dtype", [jnp.bfloat16, pytest.param(jnp.int8, marks=pytest.mark.long)])
+def test_a_token_is_the_same_however_its_row_is_cut(pool_dtype):
     """Tokens 3 to 89 of a sequence as one row, and as three that begin and end within key tiles."""
     shape, page_size, first, total = Shape(2, 1, 64), 16, 3, 90
     rng = np.random.default_rng(0)
     queries = rng.standard_normal((total, 2, 64))
-    pool = jnp.asarray(rng.standard_normal((8, 1, 2, page_size, 64)), jnp.bfloat16)
+    pool = jnp.asarray(rng.standard_normal((8, 1, 2, page_size, 64)) * 10).astype(pool_dtype)
     table = jnp.asarray(np.tile(rng.permutation(8), (4, 1)), jnp.int32)
 
     def run(*ends: int):
@@ -158,7 +181,7 @@ def test_a_token_is_the_same_however_its_row_is_cut():
         q = jnp.asarray(np.pad(tokens, ((0, 128 - len(tokens)), (0, 0), (0, 0))), jnp.bfloat16)
         with plgpu.force_gpu_interpret_mode():
             shared = plan(ragged, num_tokens=128, num_pages=8, page_size=page_size, implementation="gpu")
-            out = ragged_paged_attention(q, pool, shared, jnp.int32(0), scale=shape.head_dim**-0.5)
+            out = ragged_paged_attention(q, pool, shared, jnp.int32(0), scale=0.1 * shape.head_dim**-0.5)
         return np.asarray(out[: total - first]).view(np.uint16)
 
     np.testing.assert_array_equal(run(total), run(10, 70, total))
@@ -169,6 +192,21 @@ def test_prefill_with_every_option_and_fewer_tokens_than_a_tile():
     sinks = jnp.asarray([-1.0, 0.0, 2.0])
     options = {"sliding_window": 60, "logits_soft_cap": 3.0, "sinks": sinks, "scale": 0.2}
     _check(Shape(3, 1, 64), Mix(((140, 40), (3, 3)), 50, 3), **options)
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_prefill_of_heads_of_256(group, monkeypatch):
+    """Queries come without staging, and tiles of keys and values share three buffers."""
+    monkeypatch.setattr(xla, "attend", None)
+    _check(Shape(group, 1, 256), Mix(((70, 1), (300, 66)), 70, 4), 32)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("page_size", [16, 128])
+def test_prefill_of_heads_of_256_with_every_option(page_size, monkeypatch):
+    monkeypatch.setattr(xla, "attend", None)
+    options = {"sliding_window": 100, "logits_soft_cap": 3.0, "sinks": jnp.asarray([-1.0, 2.0]), "scale": 0.1}
+    _check(Shape(2, 1, 256), Mix(((300, 150), (3, 3)), 160, 3), page_size, jnp.float16, **options)
 
 
 @pytest.mark.long
@@ -226,6 +264,33 @@ def test_a_row_is_cut_by_its_own_length():
     alone = plan_decode(jnp.asarray([5000, 0, 0], jnp.int32), 9000, HOPPER).rows[0, 1:3]
     together = plan_decode(jnp.asarray([5000, 9000, 70], jnp.int32), 9000, HOPPER).rows[0, 1:3]
     assert alone.tolist() == together.tolist()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_token_that_is_no_decode_is_in_one_block(seed):
+    """Padding tokens too, in blocks that see no key; the blocks with most keys first."""
+    rng = np.random.default_rng(seed)
+    num_decodes, num_longer, block_q = int(rng.integers(0, 9)), int(rng.integers(0, 9)), int(rng.choice([64, 128]))
+    query_lens = np.append(np.ones(num_decodes, int), rng.integers(2, rng.choice([4, 300]), num_longer))
+    query_lens = np.append(query_lens, np.zeros(int(rng.integers(1, 4)), int))
+    kv_lens = np.where(query_lens > 0, query_lens + rng.integers(0, 500, query_lens.size), 0)
+    starts = np.append(0, np.cumsum(query_lens))
+    num_tokens = int(starts[-1] + rng.choice([0, 1, 64, 500]))
+    arrays = (jnp.asarray(x, jnp.int32) for x in (kv_lens, starts, num_decodes))
+    work = plan_prefill(*arrays, num_tokens=num_tokens, block_q=block_q)
+    blocks = np.asarray(work.blocks)[: int(work.num_blocks[0])]
+    assert int(work.num_blocks[0]) <= len(work.blocks)
+    seen = np.zeros(num_tokens, int)
+    for row, first, size, position, length in blocks:
+        assert 0 < size <= block_q
+        seen[first : first + size] += 1
+        if first < starts[-1]:
+            assert starts[row] <= first and first + size <= starts[row + 1] and length == kv_lens[row]
+            assert position == length - query_lens[row] + first - starts[row]
+        else:
+            assert position + size <= 0
+    assert (seen == (np.arange(num_tokens) >= num_decodes)).all()
+    assert (np.diff(blocks[:, 3] + blocks[:, 2]) <= 0).all()
 
 
 def test_a_step_of_little_but_padding_ends():

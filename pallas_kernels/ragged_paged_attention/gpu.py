@@ -5,7 +5,7 @@ writes it, in place. Shapes the kernels do not take (float32, odd head sizes, pa
 under 16 tokens) go through xla.py as a whole; of the two work lists XLA drops the one that no layer reads.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,6 @@ from pallas_kernels.ragged_paged_attention.gpu_decode import DecodeWork, decode,
 from pallas_kernels.ragged_paged_attention.gpu_prefill import PrefillWork, plan_prefill, prefill, tokens_per_block
 from pallas_kernels.ragged_paged_attention.gpu_tiles import HOPPER, INTERPRETED, Tiles, product_dtype, supports
 from pallas_kernels.ragged_paged_attention.implementation import Options
-
-#: The kernel for longer rows does not fit shared memory past this head size; XLA serves them there.
-MAX_PREFILL_HEAD_DIM = 128
 
 pool_shape = xla.pool_shape
 write_kv = xla.write_kv
@@ -32,7 +29,7 @@ class WorkList:
         decodes: the rows of one query token.
         prefills: tokens of a block -> the longer rows, cut into blocks of so many.
         page_table: [B, P] int32, clipped to pages that exist.
-        num_decodes, num_tokens: int32, rows of one query token and tokens in all, without padding.
+        num_decodes: int32, rows of one query token.
         fallback: the same step for xla.py.
         page_size, tiles: what it was cut for. decode_only: there are no longer rows.
     """
@@ -41,7 +38,6 @@ class WorkList:
     prefills: dict[int, PrefillWork]
     page_table: jax.Array
     num_decodes: jax.Array
-    num_tokens: jax.Array
     fallback: xla.WorkList
     page_size: int = field(metadata={"static": True})
     tiles: Tiles = field(metadata={"static": True})
@@ -75,7 +71,6 @@ def make_work_list(
         prefills={size: prefills(size) for size in {tokens_per_block(1), tokens_per_block(2)}},
         page_table=jnp.clip(page_table, 0, num_pages - 1),
         num_decodes=num_decodes,
-        num_tokens=query_starts[-1],
         fallback=fallback,
         page_size=page_size,
         tiles=tiles,
@@ -92,10 +87,8 @@ def attend(q, pool, work: WorkList, first_page, options: Options):
     if work.decode_only:
         return decoded
     blocks = work.prefills[tokens_per_block(q.shape[1] // pool.shape[1])]
-    if q.shape[-1] <= MAX_PREFILL_HEAD_DIM and q.dtype == pool.dtype:
-        longer = prefill(q, pool, work.page_table, blocks, first_page, options, work.tiles)
-    else:
-        longer = xla.attend(q, pool, replace(work.fallback, num_decodes=jnp.int32(0)), first_page, options)
-    token = jnp.arange(q.shape[0])[:, None, None]
-    decoded = jnp.pad(decoded, ((0, q.shape[0] - rows), (0, 0), (0, 0)))
-    return jnp.where(token < work.num_decodes, decoded, jnp.where(token < work.num_tokens, longer, 0))
+    longer = prefill(q, pool, work.page_table, blocks, first_page, options, work.tiles)
+    # A scatter, which XLA does in place: the results of other tokens are not read and written once more.
+    token = jnp.arange(rows)
+    token = jnp.where(token < work.num_decodes, token, q.shape[0] + token)  # past the end: dropped
+    return longer.at[token].set(decoded, mode="drop", unique_indices=True)

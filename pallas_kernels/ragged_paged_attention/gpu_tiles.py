@@ -119,9 +119,13 @@ def update_softmax(scores, top, total, scale: float):
 
 def clear_unwritten(values, count):
     """Zeroes the rows of a value tile from `count` on: nobody wrote them, and 0 * NaN is NaN."""
-    tile = values[...]
-    row = plgpu.broadcasted_iota(jnp.int32, tile.shape, 0, layout=plgpu.Layout.WGMMA)
-    values[...] = jnp.where(row < count, tile, jnp.zeros_like(tile))
+    width = values.shape[1]
+    step = width if width <= 128 else 64  # so that registers hold what is copied beside the sums of a wide head
+    for first in range(0, width, step):
+        part = values.at[:, pl.ds(first, step)]
+        tile = part[...]
+        row = plgpu.broadcasted_iota(jnp.int32, tile.shape, 0, layout=plgpu.Layout.WGMMA)
+        part[...] = jnp.where(row < count, tile, jnp.zeros_like(tile))
     plgpu.commit_smem()
 
 
