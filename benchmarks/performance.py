@@ -1,4 +1,4 @@
-"""Writes the tables and the plot of docs/performance.md from the files of runs on an H100 and on a CPU.
+"""Writes the tables and the plot of docs/performance.md from the files of runs on GPUs and on a CPU.
 
     python -m benchmarks.performance            # the tables; with --plot=docs/performance.png the plot as well
 
@@ -45,7 +45,7 @@ def load(name: str) -> dict[str, Any] | None:
 
 
 def throughput() -> list[list[str]]:
-    """A row for each workload that has been run."""
+    """A row for each workload that has been run on an H100, beside its peer."""
     rows = [["workload", "output tok/s", "vLLM", "ratio", "target", "floor", "of floor", "gap p50, ms", "idle"]]
     for name, (peer, floor, target) in PEERS.items():
         results = load(f"h100_{name}")
@@ -59,10 +59,24 @@ def throughput() -> list[list[str]]:
     return rows
 
 
-def modes() -> list[list[str]]:
+def throughput_alone(device: str) -> list[list[str]]:
+    """A row for each workload that has been run on another device, where no peer was."""
+    rows = [["workload", "output tok/s", "gap p50, ms", "dispatch, ms", "idle", "padding"]]
+    for name in PEERS:
+        results = load(f"{device}_{name}")
+        if results is None:
+            continue
+        run = results["runs"]["async"][0]
+        times = f"{run['inter_token_ms']['p50']:.1f}", f"{run['host_ms_per_step']['dispatch']:.1f}"
+        shares = f"{run['device_idle_share']:.1%}", f"{run['padding_share']:.1%}"
+        rows.append([name, f"{run['output_tok_per_s']:,.0f}", *times, *shares])
+    return rows
+
+
+def modes(device: str) -> list[list[str]]:
     """A row for each comparison of a scheduling mode with the asynchronous one."""
     rows = [["workload", "mode", "tok/s", "async tok/s", "async over it", "idle", "async idle"]]
-    for path in sorted(RESULTS.glob("h100_modes_*.json")):
+    for path in sorted(RESULTS.glob(f"{device}_modes_*.json")):
         results = json.loads(path.read_text())
         mode, base = next(iter(results["runs"].items()))
         pair = base[0], results["runs"]["async"][0]
@@ -72,9 +86,9 @@ def modes() -> list[list[str]]:
     return rows
 
 
-def steps() -> list[list[str]]:
+def steps(device: str) -> list[list[str]]:
     """A row for each size of benchmarks.steps."""
-    results = load("h100_steps") or {"rows": []}
+    results = load(f"{device}_steps") or {"rows": []}
     rows = [["single step", "ms", "floor", "over it", "dispatch p50, ms"]]
     for row in results["rows"]:
         name = f"{row['rows']} rows of {results['context']} keys, {row['sampling']}"
@@ -84,9 +98,9 @@ def steps() -> list[list[str]]:
     return rows
 
 
-def step_kernels() -> list[list[str]]:
+def step_kernels(device: str) -> list[list[str]]:
     """A row for each size of benchmarks.steps that was traced: milliseconds by what kernels are for."""
-    traced = [row for row in (load("h100_steps") or {"rows": []})["rows"] if "kernels_ms" in row]
+    traced = [row for row in (load(f"{device}_steps") or {"rows": []})["rows"] if "kernels_ms" in row]
     kinds = [kind for kind in (*KINDS, "other") if any(kind in row["kernels_ms"] for row in traced)]
     rows = [["single step, ms by kernel", *kinds]]
     for row in traced:
@@ -95,15 +109,20 @@ def step_kernels() -> list[list[str]]:
     return rows
 
 
-def kernels() -> list[list[str]]:
+def kernels(device: str) -> list[list[str]]:
     """A row for each case of benchmarks.kernels."""
     rows = [["kernel", "us", "rate", "share of peak"]]
-    for row in (load("h100_kernels") or {"rows": []})["rows"]:
+    for row in (load(f"{device}_kernels") or {"rows": []})["rows"]:
         if "failed" in row:
             continue
         rate = f"{row['per_s'] / 1e9:,.0f} GB/s" if row["kernel"] == "decode" else f"{row['per_s'] / 1e12:,.0f} TFLOP/s"
         rows.append([f"{row['kernel']} {row['case']}", f"{row['us']:.1f}", rate, f"{row['share_of_peak']:.0%}"])
     return rows
+
+
+def details(device: str) -> list[list[list[str]]]:
+    """The tables of modes, steps and kernels of a device."""
+    return [table(device) for table in (modes, steps, step_kernels, kernels)]
 
 
 def cpu() -> list[list[str]]:
@@ -166,7 +185,8 @@ def main(argv: Sequence[str]) -> int:
     absl_flags.DEFINE_string("plot", None, "Image to write.", flag_values=flag_values, module_name="performance")
     if not program.parse(flag_values, "benchmarks.performance", __doc__, argv[1:]):
         return 0
-    write("tables", throughput(), modes(), steps(), step_kernels(), kernels())
+    write("tables", throughput(), *details("h100"))
+    write("h200", throughput_alone("h200"), *details("h200"))
     write("cpu", cpu())
     if flag_values["plot"].value:
         plot(Path(flag_values["plot"].value))
