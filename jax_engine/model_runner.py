@@ -9,6 +9,7 @@ import functools
 import logging
 import os
 import time
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -370,3 +371,6 @@ def _use_compilation_cache(folder: Path) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     # Kept programs are read by the version that wrote them: no kernel has to be in an older form for another's sake.
     jax.config.update("jax_export_ignore_forward_compatibility", True)
+    if folder.is_dir() and not os.access(folder, os.W_OK):  # jax would say so of every program
+        _log.warning("%s cannot be written: programs that are not kept there are compiled at every start", folder)
+        warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry")

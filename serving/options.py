@@ -114,6 +114,17 @@ class ServerOptions:
             raise ConfigError(f"tls_cert_file and tls_key_file cannot be used: {reason}") from None
         return context
 
+    def check_trace_file(self) -> None:
+        """Finds out before the model is loaded that there is no place for what is written at the end.
+
+        Raises:
+            ConfigError: the folder of trace_file is none, or cannot be written to.
+        """
+        if self.trace_file is not None:
+            folder = Path(self.trace_file).absolute().parent
+            if not folder.is_dir() or not os.access(folder, os.W_OK):
+                raise ConfigError(f"trace_file {self.trace_file!r} cannot be written: there is no writable {folder}")
+
 
 def read_keys(path: str | None, flag: str, variable: str) -> list[str]:
     """Keys from an environment variable and a file, plain or hashed.

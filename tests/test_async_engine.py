@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from jax_engine import async_engine
 from jax_engine.async_engine import AsyncEngine
 from jax_engine.errors import EngineStopped, InvalidRequest, QueueFull
 from jax_engine.request import FinishReason
@@ -224,3 +225,15 @@ async def test_a_profile_is_written(engine, tmp_path):
     await collect(engine)
     await engine.stop_profile()
     assert list(tmp_path.rglob("*.xplane.pb"))
+
+
+async def test_a_profile_that_nobody_stops_ends_and_is_written(engine, tmp_path, monkeypatch):
+    monkeypatch.setattr(async_engine, "MAX_PROFILE_S", 0.05)
+    await engine.start_profile(str(tmp_path))
+    await until(lambda: list(tmp_path.rglob("*.xplane.pb")))
+    await asyncio.sleep(0.1)
+    with pytest.raises(InvalidRequest, match="no profile can be stopped"):
+        await engine.stop_profile()
+    await engine.start_profile(str(tmp_path))
+    await engine.stop_profile()
+    assert engine._profile_end is None

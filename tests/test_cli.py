@@ -145,6 +145,7 @@ def test_wrong_command_lines(argv, line, capsys):
         (["serve", "--max-body-mib=0"], "jax-engine: max_body_mib must be"),
         (["serve", "--drain-timeout-s=-1"], "jax-engine: drain_timeout_s must be"),
         (["serve", "--api-key-file=/no/such/file"], "jax-engine: api_key_file cannot be read"),
+        (["serve", "--trace-file=/no/such/trace"], "jax-engine: trace_file '/no/such/trace' cannot be written"),
         (["serve", "--port=0", "--max-model-len=1000000"], "jax-engine: max_model_len 1000000 is more than"),
         (["generate", "--prompt=x", "--temperature=-1"], "jax-engine: temperature must be in"),
         (["generate", "--prompt=x", "--max-model-len=2"], "jax-engine: the prompt has 2 tokens"),

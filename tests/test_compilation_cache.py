@@ -5,9 +5,13 @@ import random
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
+import jax
 import pytest
+
+from jax_engine import model_runner
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = """
@@ -73,3 +77,15 @@ def test_damaged_entries(tmp_path, filled, damage):
 def test_a_file_where_the_folder_should_be(tmp_path, filled):
     (tmp_path / "cache").write_text("not a folder")
     assert answer(tmp_path / "cache") == filled[1]
+
+
+def test_a_folder_that_cannot_be_written_is_said_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(jax.config, "update", lambda name, value: None)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        model_runner._use_compilation_cache(tmp_path)
+        warnings.warn("Error writing persistent compilation cache entry for 'step': disk", stacklevel=1)
+    assert not told and [record.message.partition(":")[0] for record in caplog.records] == [
+        f"{tmp_path} cannot be written"
+    ]

@@ -227,10 +227,14 @@ def test_the_file_of_another_program_is_not_taken(tmp_path):
     assert is_traced(kept, small(made_of="other"))
 
 
-def test_without_a_folder_to_write_to_programs_are_lowered_all_the_same(tmp_path):
+def test_without_a_folder_to_write_to_programs_are_lowered_all_the_same_and_it_is_said_once(tmp_path, caplog):
     (tmp_path / "file").write_text("not a folder")
     kept = KeptPrograms(tmp_path / "file")
-    assert kept.lower(small()).compile()(jnp.ones(4)).shape == (4,)
+    for made_of in ("one", "other"):
+        assert kept.lower(small(made_of=made_of)).compile()(jnp.ones(4)).shape == (4,)
+    assert [record.message.partition(":")[0] for record in caplog.records] == [
+        "cannot keep lowered programs, which are made again at the next start"
+    ]
     assert (tmp_path / "file").read_text() == "not a folder"
 
 

@@ -31,6 +31,7 @@ def run(argv: Sequence[str]) -> int:
         common.build_engine(config, flags.non_defaults(flag_values))  # follows until process 0 ends; then so does this
     keys, admin = api_keys(options), admin_keys(options)
     options.ssl_context()  # a certificate that is of no use is told before weights are loaded
+    options.check_trace_file()
     if options.otel:
         Tracing().shutdown()  # so is a missing extra
 
