@@ -226,7 +226,7 @@ def _entry(sizes: _Sizes, *refs):
     layout = transforms(width)
     copies = max(block // sizes.page_size, 1)
     # The interpreter's way needs the probabilities in shared memory; the other has no use for them.
-    p_rows = 8 if sizes.tiles.registers else rows
+    p = None if sizes.tiles.registers else plgpu.SMEM((rows, block), sizes.dtype, transforms=transforms(block))
 
     def tiles(stages: int, dtype, layout: tuple, arrivals: int) -> "_Tiles":
         buffer = plgpu.SMEM((stages, block, width), dtype, transforms=layout)
@@ -249,7 +249,7 @@ def _entry(sizes: _Sizes, *refs):
         plgpu.SMEM((rows, width), sizes.dtype, transforms=layout),
         plgpu.SMEM((rows, width), sizes.dtype),
         plgpu.SMEM((rows,), jnp.float32),
-        plgpu.SMEM((p_rows, block), sizes.dtype, transforms=transforms(block)),
+        p,
         None if arrays.sinks is None else plgpu.SMEM((arrays.sinks.shape[0] + rows,), arrays.sinks.dtype),
         plgpu.Barrier(),
         plgpu.Barrier(),
@@ -469,7 +469,7 @@ def _attend_tile(sizes: _Sizes, memory: _Shared, length, tile, carry):
     acc = acc * lax.broadcast_in_dim(factor, acc.shape, [0])
     plgpu.barrier_wait(tiles.v_full.at[stage])
     pl.when((tile + 1) * block > length)(lambda: clear_unwritten(tiles.v.at[stage], length - tile * block))
-    acc = add_values(acc, weights.astype(sizes.dtype), tiles.v.at[stage], memory.p, sizes.tiles.registers)
+    acc = add_values(acc, weights.astype(sizes.dtype), tiles.v.at[stage], memory.p)
     plgpu.barrier_arrive(tiles.v_free.at[stage])
     return acc, top, total, step + 1
 
@@ -570,7 +570,7 @@ def _merge(sizes: _Sizes, arrays: _Arrays, memory: _Shared, item: _Item) -> _Sum
         high = weights.astype(sizes.dtype)
         low = (weights - high.astype(jnp.float32)).astype(sizes.dtype)
         for portion in (high, low):
-            acc = add_values(acc, portion, memory.q, memory.p, sizes.tiles.registers)
+            acc = add_values(acc, portion, memory.q, memory.p)
         return _Sum(acc, top, total)
 
     nothing = _Sum(

@@ -213,7 +213,9 @@ def _entry(sizes: _Sizes, *refs):
     rows, block, width, stages = WARPGROUP_ROWS, sizes.block, sizes.head_dim, sizes.stages
     copies = max(block // sizes.page_size, 1)
     # The interpreter's way needs the probabilities in shared memory; the other has no use for them.
-    p_shape = (1, 8, 64) if sizes.tiles.registers else (NUM_COMPUTE, rows, block)
+    p = None
+    if not sizes.tiles.registers:
+        p = plgpu.SMEM((NUM_COMPUTE, rows, block), sizes.dtype, transforms=transforms(block))
 
     def run(*scratch):
         memory = _Shared(*scratch)
@@ -233,7 +235,7 @@ def _entry(sizes: _Sizes, *refs):
         plgpu.SMEM((stages, block, width), sizes.dtype, transforms=transforms(width)),
         packed,
         _two_views(sizes, 1, sizes.out_dtype),
-        plgpu.SMEM(p_shape, sizes.dtype, transforms=transforms(p_shape[-1])),
+        p,
         plgpu.Barrier(num_arrivals=NUM_COMPUTE * sizes.parts, num_barriers=slots),
         plgpu.Barrier(num_arrivals=NUM_COMPUTE, num_barriers=slots),
         plgpu.Barrier(num_arrivals=1 if sizes.converts else copies, num_barriers=stages),
@@ -504,7 +506,8 @@ def _attend_tile(
         unwritten = tile * block + keys > item.length
         pl.when(unwritten)(lambda: clear_unwritten(values, item.length - tile * block))
     plgpu.barrier_wait(memory.turn)
-    acc = add_values(acc, weights, values, memory.p.at[warpgroup, :, pl.ds(0, keys)], sizes.tiles.registers)
+    staging = None if memory.p is None else memory.p.at[warpgroup, :, pl.ds(0, keys)]
+    acc = add_values(acc, weights, values, staging)
     plgpu.barrier_arrive(memory.free.at[of_values])
     return acc, top, total, step + 1
 

@@ -129,9 +129,9 @@ def clear_unwritten(values, count):
     plgpu.commit_smem()
 
 
-def add_values(acc, weights, values, staging, registers: bool):
-    """acc + weights @ values."""
-    if registers:
+def add_values(acc, weights, values, staging):
+    """acc + weights @ values; the weights go through `staging`, or from registers where that is None."""
+    if staging is None:
         return pl.run_state(lambda ref: plgpu.wgmma(ref, weights, values))(plgpu.ACC.init(acc))
     staging[...] = weights
     plgpu.commit_smem()
