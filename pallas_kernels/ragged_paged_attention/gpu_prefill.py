@@ -338,7 +338,7 @@ def _fetch(sizes: _Sizes, refs, memory: _Shared):
     plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
     q_ref, pool_ref, table_ref, blocks_ref, num_blocks_ref, first_ref, *_ = refs
     block, page_size, stages, slots = sizes.block, sizes.page_size, sizes.stages, sizes.query_slots
-    _, queries = _views(sizes, memory.q)
+    queries = _views(sizes, memory.q)[1]
     first_page = first_ref[0]
     size = min(block, page_size)
 
@@ -470,7 +470,7 @@ def _attend_tile(
     rows, block, options = WARPGROUP_ROWS, sizes.block, sizes.options
     of_keys, of_values = (lax.rem(2 * step + part, jnp.int32(sizes.stages)) for part in (0, 1))
     values = memory.tiles.at[of_values, pl.ds(0, keys)]
-    queries, _ = _views(sizes, memory.q)
+    queries = _views(sizes, memory.q)[0]
     plgpu.barrier_wait(memory.full.at[of_keys])
 
     def multiply_keys(scores):
