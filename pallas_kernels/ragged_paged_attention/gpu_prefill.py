@@ -336,7 +336,7 @@ def _query_span(sizes: _Sizes, item: _Item, warpgroup):
 def _fetch(sizes: _Sizes, refs, memory: _Shared):
     """The memory warpgroup: queries and key and value tiles of all items, as fast as buffers come free."""
     plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
-    q_ref, pool_ref, table_ref, blocks_ref, num_blocks_ref, first_ref, *_ = refs
+    q_ref, pool_ref, table_ref, blocks_ref, num_blocks_ref, first_ref = refs[:6]
     block, page_size, stages, slots = sizes.block, sizes.page_size, sizes.stages, sizes.query_slots
     queries = _views(sizes, memory.q)[1]
     first_page = first_ref[0]
