@@ -25,6 +25,7 @@ from jax_engine.models.shapes import NAMED_SHAPES
 from jax_engine.program import ModelProgram, Part
 from jax_engine.targets import open_target
 from pallas_kernels.ragged_paged_attention import Device, Ragged, plan, pool_shape, ragged_paged_attention
+from pallas_kernels.ragged_paged_attention.gpu import WIDE_HEADS
 from pallas_kernels.ragged_paged_attention.gpu_tiles import HOPPER
 
 pytestmark = pytest.mark.skipif(
@@ -215,6 +216,8 @@ def test_attention_of_decodes_is_one_kernel(rows, sinks):
 )
 def test_attention_of_prompts_fits_registers_and_shared_memory(head_dim, pool_dtype, spilled, tmp_path, monkeypatch):
     """Bytes that ptxas spills, at most: for heads of 256 the address of a barrier."""
+    if head_dim > 128 and not WIDE_HEADS:
+        pytest.skip("with this jax heads of 256 go through XLA")
     monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
     rows, tokens, pages, page_size, kv_heads = 16, 512, 512, 64, 4
