@@ -25,7 +25,6 @@ from jax_engine.models.shapes import NAMED_SHAPES
 from jax_engine.program import ModelProgram, Part
 from jax_engine.targets import open_target
 from pallas_kernels.ragged_paged_attention import Device, Ragged, plan, pool_shape, ragged_paged_attention
-from pallas_kernels.ragged_paged_attention.gpu import WIDE_HEADS
 from pallas_kernels.ragged_paged_attention.gpu_tiles import HOPPER
 
 pytestmark = pytest.mark.skipif(
@@ -203,6 +202,24 @@ def test_attention_of_decodes_is_one_kernel(rows, sinks):
     assert kernels(3) == kernels(1) + 2
 
 
+def _compiled_attention(tokens: int, head_dim: int = 128, pool_dtype=jnp.bfloat16):
+    """A mixed step's attention by itself, of so many tokens and of short rows, so many that none is cut and merged."""
+    rows, pages, page_size = HOPPER.split_rows, 64, 64
+    place = jax.sharding.SingleDeviceSharding(open_target("h100").devices[0])
+
+    def array(shape, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    def attend(q, pool, ragged):
+        shared = plan(ragged, num_tokens=tokens, num_pages=pages, page_size=page_size, device=Device("gpu"))
+        return ragged_paged_attention(q, pool, shared, jnp.int32(0), scale=0.125)
+
+    q = array((tokens, 8, head_dim), jnp.bfloat16)
+    pool = array(pool_shape(1, pages, page_size, 4, head_dim, device=Device("gpu")), pool_dtype)
+    ragged = Ragged(array((rows, 16)), array((rows,)), array((rows + 1,)), array(()))
+    return jax.jit(attend).lower(q, pool, ragged).compile()
+
+
 @pytest.mark.parametrize(
     ("head_dim", "pool_dtype", "spilled"),
     [
@@ -216,47 +233,16 @@ def test_attention_of_decodes_is_one_kernel(rows, sinks):
 )
 def test_attention_of_prompts_fits_registers_and_shared_memory(head_dim, pool_dtype, spilled, tmp_path, monkeypatch):
     """Bytes that ptxas spills, at most: for heads of 256 the address of a barrier."""
-    if head_dim > 128 and not WIDE_HEADS:
+    if head_dim > HOPPER.max_head_dim:
         pytest.skip("with this jax heads of 256 go through XLA")
     monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
-    rows, tokens, pages, page_size, kv_heads = 16, 512, 512, 64, 4
-    place = jax.sharding.SingleDeviceSharding(open_target("h100").devices[0])
-
-    def array(shape, dtype=jnp.int32):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-
-    def attend(q, pool, ragged):
-        shared = plan(ragged, num_tokens=tokens, num_pages=pages, page_size=page_size, device=Device("gpu"))
-        return ragged_paged_attention(q, pool, shared, jnp.int32(0), scale=0.125)
-
-    q = array((tokens, 2 * kv_heads, head_dim), jnp.bfloat16)
-    pool = array(pool_shape(1, pages, page_size, kv_heads, head_dim, device=Device("gpu")), pool_dtype)
-    ragged = Ragged(array((rows, 64)), array((rows,)), array((rows + 1,)), array(()))
-    jax.jit(attend).lower(q, pool, ragged).compile()
+    _compiled_attention(512, head_dim, pool_dtype)
     [report] = [file.read_text() for file in tmp_path.glob("attention_prefill*.ptxas")]
     if "'setmaxnreg' ignored" in report:
         pytest.skip("nvJitLink, which jax 0.12 takes where it is installed, gives all warpgroups as many registers")
     stored = re.findall(r"(\d+) bytes spill stores", report)
     assert stored and max(map(int, stored)) <= spilled
-
-
-def _compiled_attention(tokens: int):
-    """A mixed step's attention by itself, of so many tokens and of short rows, so many that none is cut and merged."""
-    rows, pages, page_size = HOPPER.split_rows, 64, 64
-    place = jax.sharding.SingleDeviceSharding(open_target("h100").devices[0])
-
-    def array(shape, dtype=jnp.int32):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-
-    def attend(q, pool, ragged):
-        shared = plan(ragged, num_tokens=tokens, num_pages=pages, page_size=page_size, device=Device("gpu"))
-        return ragged_paged_attention(q, pool, shared, jnp.int32(0), scale=0.125)
-
-    q = array((tokens, 8, 128), jnp.bfloat16)
-    pool = array(pool_shape(1, pages, page_size, 4, 128, device=Device("gpu")), jnp.bfloat16)
-    ragged = Ragged(array((rows, 16)), array((rows,)), array((rows + 1,)), array(()))
-    return jax.jit(attend).lower(q, pool, ragged).compile()
 
 
 def test_results_of_prompts_stay_where_their_kernel_wrote_them():

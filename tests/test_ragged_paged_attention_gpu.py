@@ -196,7 +196,7 @@ def test_prefill_with_every_option_and_fewer_tokens_than_a_tile():
 
 @pytest.mark.parametrize("group", [1, 2])
 def test_prefill_of_heads_of_256(group, monkeypatch):
-    """Queries come without staging, and tiles of keys and values share three buffers."""
+    """There is one place for queries, and tiles of keys and values share three buffers."""
     monkeypatch.setattr(xla, "attend", None)
     _check(Shape(group, 1, 256), Mix(((70, 1), (300, 66)), 70, 4), 32)
 

@@ -18,8 +18,6 @@ from pallas_kernels.ragged_paged_attention.implementation import Options
 
 pool_shape = xla.pool_shape
 write_kv = xla.write_kv
-#: Whether Mosaic compiles the kernels for heads of 256. From jax 0.12 on its search for layouts does not end.
-WIDE_HEADS = jax.__version_info__ < (0, 12)
 
 
 @jax.tree_util.register_dataclass
@@ -82,8 +80,8 @@ def make_work_list(
 
 def attend(q, pool, work: WorkList, first_page, options: Options):
     """Causal attention of the packed queries q [T, N, H] on their rows' KV. Returns [T, N, H] of q's dtype."""
-    compiles = WIDE_HEADS or q.shape[-1] <= 128 or work.tiles != HOPPER
-    if not (compiles and product_dtype(q.dtype, pool.dtype) and supports(q.shape[-1], q.dtype, work.page_size)):
+    taken = supports(q.shape[-1], q.dtype, work.page_size, work.tiles)
+    if not taken or product_dtype(q.dtype, pool.dtype) is None:
         return xla.attend(q, pool, work.fallback, first_page, options)
     rows = work.decodes.rows.shape[0]
     decoded = decode(q[:rows], pool, work.page_table[:rows], work.decodes, first_page, options, work.tiles)

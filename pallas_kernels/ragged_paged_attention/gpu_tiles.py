@@ -9,6 +9,7 @@ Read by gpu.py, gpu_decode.py and gpu_prefill.py. Sizes are those of Hopper (sm_
 import math
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -33,6 +34,7 @@ class Tiles:
             heads, as many models have, then each thread block has one, and no second one waits until it is written.
         max_piece: key tiles of a decode piece at most; longer rows are cut.
         max_splits: most pieces of a row.
+        max_head_dim: the widest heads that the kernels take.
         registers: probabilities go from registers into the second product and sums stay in registers, the fast way
             that the interpreter cannot run; otherwise through shared memory.
         in_order: thread blocks run one after the other, as in the interpreter, which knows no counters in device
@@ -45,11 +47,13 @@ class Tiles:
     split_rows: int = 16
     max_piece: int = 32
     max_splits: int = 64
+    max_head_dim: int = 256
     registers: bool = True
     in_order: bool = False
 
 
-HOPPER = Tiles()
+#: From jax 0.12 on Mosaic's search for layouts does not end for heads of 256.
+HOPPER = Tiles(max_head_dim=256 if jax.__version_info__ < (0, 12) else 128)
 #: The same programs in a form GPU interpret mode can run, small enough that it ends soon.
 INTERPRETED = Tiles(num_workers=2, prefill_block=64, registers=False, in_order=True)
 
@@ -72,9 +76,10 @@ def packed_transforms(head_dim: int) -> tuple:
     return (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(width))
 
 
-def supports(head_dim: int, dtype, page_size: int) -> bool:
+def supports(head_dim: int, dtype, page_size: int, tiles: Tiles) -> bool:
     """Whether the kernels take this shape."""
-    return head_dim in (64, 96, 128, 256) and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) and 16 <= page_size <= 128
+    taken = head_dim in (64, 96, 128, 256) and head_dim <= tiles.max_head_dim
+    return taken and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) and 16 <= page_size <= 128
 
 
 def product_dtype(dtype, pool_dtype) -> jnp.dtype | None:
